@@ -1,0 +1,70 @@
+# CLaaS on Kubernetes. `make help` lists the targets; each does all its own set-up.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+export PYTHONPATH := tests
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+.PHONY: python
+python:
+	@command -v python3.11 >/dev/null && python3.11 -c 'import venv, ensurepip' 2>/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "Python 3.11 with venv is needed: apt-get install python3.11 python3.11-venv" >&2; exit 1; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3.11 python3.11-venv; }
+
+.PHONY: env
+env: python ## the development environment (.venv; dependencies in the cache)
+	@python3.11 tests/bootstrap.py >/dev/null
+
+.PHONY: demo
+demo: python ## install into a real cluster and train an adapter, start to finish (KEEP=1 leaves it running; KUBECONFIG=… REGISTRY=… uses yours)
+	@python3.11 tests/prepare.py
+	@$(PY) tests/demo.py
+
+.PHONY: test
+test: python ## lint, unit, contract, control-plane, vLLM, image and end-to-end tests
+	@python3.11 tests/prepare.py
+	@$(MAKE) --no-print-directory lint
+	$(PY) -m pytest tests -q --require-all
+
+.PHONY: unit
+unit: env ## the tests that need no cluster, no vLLM and no images (a minute)
+	$(PY) -m pytest tests -q -m "not controlplane and not vllm and not cluster and not e2e and not images"
+
+.PHONY: lint
+lint: env ## ruff, mypy --strict, import-linter, generated files
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -c 'from importlinter.cli import lint_imports_command as lint; lint()'
+	$(PY) -m claas_crds --check
+
+.PHONY: format
+format: env ## ruff format, and what ruff can mend
+	$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
+
+.PHONY: crds
+crds: env ## write the CRD YAML from the models
+	$(PY) -m claas_crds
+
+.PHONY: cluster
+cluster: python ## start (or reuse) a real two-node Kubernetes on this machine
+	@python3.11 -m cluster up
+
+.PHONY: cluster-down
+cluster-down: python ## end it: no process, mount, cgroup or network namespace stays
+	@python3.11 -m cluster down
+
+.PHONY: images
+images: env ## build the three full images with buildah (BASE=… another base, TAG=…)
+	@$(PY) tests/images.py build
+
+.PHONY: push
+push: env ## push them: make push REGISTRY=registry.example.com/team
+	@$(PY) tests/images.py push $(REGISTRY)
+
+.PHONY: lock
+lock: env ## make every hash-locked requirements file anew
+	@$(PY) tests/lock.py

@@ -1,0 +1,45 @@
+"""Every name that two parts of CLaaS must spell alike: the API group, labels, annotations, the lease's fields."""
+
+from __future__ import annotations
+
+from typing import Final
+
+GROUP: Final = "claas.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+CATEGORY: Final = "claas"
+
+ADAPTER_KIND: Final = "LoraAdapter"
+ADAPTER_PLURAL: Final = "loraadapters"
+REQUEST_KIND: Final = "DistillRequest"
+REQUEST_PLURAL: Final = "distillrequests"
+
+# Labels, on everything that the operator creates.
+INSTANCE_LABEL: Final = "app.kubernetes.io/instance"  # the Helm release: two releases never touch each other's Jobs
+COMPONENT_LABEL: Final = "app.kubernetes.io/component"
+COMPONENT_WORKER: Final = "worker"
+COMPONENT_OPERATION: Final = "operation"
+POOL_LABEL: Final = f"{GROUP}/pool"
+ADAPTER_UID_LABEL: Final = f"{GROUP}/adapter-uid"
+OPERATION_LABEL: Final = f"{GROUP}/operation"
+
+# The worker's Lease, named after its Pod: annotations, because a Lease's spec has no room for them.
+LEASE_STATE: Final = f"{GROUP}/state"
+LEASE_RUNNING: Final = f"{GROUP}/running"  # uids, comma-separated
+STATE_STARTING: Final = "Starting"
+STATE_READY: Final = "Ready"
+STATE_DRAINING: Final = "Draining"
+
+# Set by the operator on a worker's Pod template, read by `claas_worker`.
+ENV_POOL: Final = "CLAAS_POOL"
+ENV_INSTANCE: Final = "CLAAS_INSTANCE"
+ENV_LINGER_SECONDS: Final = "CLAAS_LINGER_SECONDS"
+ENV_MAX_REQUESTS: Final = "CLAAS_MAX_REQUESTS"
+ENV_BASE_MODEL: Final = "CLAAS_BASE_MODEL"
+ENV_POD_NAME: Final = "CLAAS_POD_NAME"
+ENV_POD_NAMESPACE: Final = "CLAAS_POD_NAMESPACE"
+ENV_POD_UID: Final = "CLAAS_POD_UID"
+# Which namespaces' requests the worker watches: empty for all of them (a Shared pool).
+ENV_WATCH_NAMESPACE: Final = "CLAAS_WATCH_NAMESPACE"
+
+FINALIZER: Final = f"{GROUP}/delete-versions"

@@ -1,0 +1,2 @@
+from cluster import programs
+print(programs.ensure())
