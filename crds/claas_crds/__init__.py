@@ -1,1 +1,1 @@
-"""The contract of CLaaS: the two resources, their names and their reasons. Imports pydantic and nothing else."""
+"""The contract of CLaaS: the two resources, their names and reasons. Needs pydantic (its generator: PyYAML too)."""

@@ -6,9 +6,21 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from claas_crds.model import Condition, Model, ModelId, Name, Rule, StatusModel, Timestamp, Uid, Uri
+from claas_crds.model import (
+    Conditions,
+    Model,
+    ModelId,
+    Name,
+    ObjectName,
+    Rule,
+    StatusModel,
+    Timestamp,
+    Uid,
+    Uri,
+    immutable,
+    uri_rule,
+)
 
-URI_RULE = "self.matches('^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+|file:///.+)$')"
 QWEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.]+$")]
@@ -17,86 +29,98 @@ ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=128, patt
 class Lora(Model):
     """Shape of the adapter: rank, scaling and the linear layers that it adapts. Immutable."""
 
-    r: int = Field(16, ge=1, le=512, description="Rank of the low-rank update, 1 to 512.")
+    r: int = Field(16, ge=1, le=512, description="Rank of the low-rank update.")
     alpha: float = Field(32, gt=0, le=4096, description="Scaling numerator: the update is alpha / r * B A.")
     target_modules: list[ModuleName] = Field(
-        default_factory=lambda: list(QWEN_LINEARS), min_length=1, max_length=32,
-        description="Last name components of the linear layers to adapt; by default every linear layer of a Llama- or Qwen-style decoder.",
+        default_factory=lambda: list(QWEN_LINEARS),
+        min_length=1,
+        max_length=32,
+        description="Last name components of the linear layers to adapt; by default every linear layer of a Llama- or "
+        "Qwen-style decoder.",
     )
 
 
 class AdapterStorage(Model):
     """Where the adapter lives."""
 
-    uri: Uri = Field(description="The adapter's own uri, s3://bucket/path/ or file:///path/. Its first version lies exactly there, later ones beside it.")
-    cel: ClassVar[tuple[Rule, ...]] = (
-        Rule(URI_RULE.replace("self", "self.uri"), "spec.storage.uri must be s3://BUCKET/PATH/ or file:///PATH/", ".uri"),
+    uri: Uri = Field(
+        description="The adapter's own uri, s3://bucket/path/ or file:///path/. Its first version lies exactly there, "
+        "later ones beside it."
     )
+    cel: ClassVar[tuple[Rule, ...]] = (uri_rule("uri", "spec.storage.uri", "PATH/"),)
 
 
 class InitFrom(Model):
-    """Start from an existing PEFT folder (adopt) or another adapter's version (fork) instead of a fresh, zero-effect one."""
+    """Start from an existing PEFT folder (adopt) or another adapter's version (fork), not a fresh zero-effect one."""
 
     uri: Uri = Field(description="A folder with adapter_config.json and adapter_model.safetensors.")
-    cel: ClassVar[tuple[Rule, ...]] = (
-        Rule(URI_RULE.replace("self", "self.uri"), "spec.initFrom.uri must be s3://BUCKET/PATH/ or file:///PATH/", ".uri"),
-    )
+    cel: ClassVar[tuple[Rule, ...]] = (uri_rule("uri", "spec.initFrom.uri", "PATH/"),)
 
 
 class Retention(Model):
     """How many old versions stay."""
 
-    keep_last: int = Field(10, ge=1, le=1000, description="Versions kept besides those still referenced; older ones are collected.")
+    keep_last: int = Field(
+        10, ge=1, le=1000, description="Versions kept besides those still referenced; older ones are collected."
+    )
 
 
 class LoraAdapterSpec(Model):
     """What the user wants the adapter to be."""
 
-    base_model: ModelId = Field(description="Model that the adapter belongs to, by its hub id, e.g. Qwen/Qwen2.5-Coder-3B-Instruct. Immutable.")
+    base_model: ModelId = Field(
+        description="Model that the adapter belongs to, by its hub id, e.g. Qwen/Qwen2.5-Coder-3B-Instruct. Immutable."
+    )
     lora: Lora = Field(default_factory=Lora, description="Rank, scaling and target layers. Immutable.")
     storage: AdapterStorage = Field(description="Where the versions live. Immutable.")
-    init_from: InitFrom | None = Field(None, description="Adopt or fork an existing adapter instead of creating a fresh one. Immutable.")
-    pool: Name | None = Field(None, description="Worker pool that trains it; the installation's default pool when absent.")
+    init_from: InitFrom | None = Field(
+        None, description="Adopt or fork an existing adapter instead of creating a fresh one. Immutable."
+    )
+    pool: ObjectName | None = Field(
+        None, description="Worker pool that trains it; the installation's default pool when absent."
+    )
     retention: Retention = Field(default_factory=Retention, description="How many old versions stay.")
     deletion_policy: Literal["Retain", "Delete"] = Field(
         "Retain", description="What happens to the versions in the store when this object is deleted."
     )
-    rollback_to: Name | None = Field(None, description="Name of an old version (see status.history) to make the head again, once per change of this field.")
+    rollback_to: Name | None = Field(
+        None,
+        description="Name of an old version, of status.history, to make the head again; once per change of this field.",
+    )
 
     cel: ClassVar[tuple[Rule, ...]] = (
-        Rule("self.baseModel == oldSelf.baseModel", "spec.baseModel is immutable: create another LoraAdapter for another base model", ".baseModel"),
-        Rule("self.lora == oldSelf.lora", "spec.lora is immutable: create another LoraAdapter for another rank or other layers", ".lora"),
-        Rule("self.storage == oldSelf.storage", "spec.storage is immutable: create another LoraAdapter (initFrom this one's uri) to move", ".storage"),
-        Rule(
-            "has(self.initFrom) == has(oldSelf.initFrom) && (!has(self.initFrom) || self.initFrom == oldSelf.initFrom)",
-            "spec.initFrom is immutable: create another LoraAdapter to start from elsewhere", ".initFrom",
-        ),
+        immutable("baseModel", "create another LoraAdapter for another base model"),
+        immutable("lora", "create another LoraAdapter for another rank, alpha or other layers"),
+        immutable("storage", "create another LoraAdapter there (initFrom this one's uri takes it along)"),
+        immutable("initFrom", "create another LoraAdapter to start from elsewhere"),
     )
 
 
 class ActiveRequest(StatusModel):
     """The lock: the one request that may train the adapter now."""
 
-    request_uid: Uid
-    request_name: Name
-    since: Timestamp
+    request_uid: Uid = Field(description="Its metadata.uid.")
+    request_name: Name = Field(description="Its metadata.name.")
+    since: Timestamp = Field(description="When it was locked, in UTC.")
 
 
 class HistoryEntry(StatusModel):
     """One move of the head."""
 
     seq: int = Field(ge=1, description="headSeq after the move.")
-    version: Name
-    uri: Uri
-    request_uid: str = Field("", max_length=64, description="Request that made it; empty for the first version and for rollbacks.")
-    at: Timestamp
+    version: Name = Field(description="Name of the head after the move.")
+    uri: Uri = Field(description="The head after the move.")
+    request_uid: str = Field(
+        "", max_length=64, description="Request that made it; empty for the first version and for rollbacks."
+    )
+    at: Timestamp = Field(description="When, in UTC.")
 
 
 class Totals(StatusModel):
     """Counters over the adapter's life."""
 
-    steps: int = 0
-    tokens: int = 0
+    steps: int = Field(0, description="Committed steps.")
+    tokens: int = Field(0, description="Response tokens trained on.")
 
 
 class LoraAdapterStatus(StatusModel):
@@ -106,9 +130,13 @@ class LoraAdapterStatus(StatusModel):
     version: str = Field("", max_length=253, description="Name of the head, the last segment of its uri.")
     head_seq: int = Field(0, description="Number of moves of the head; only grows.")
     active: ActiveRequest | None = Field(None, description="The request that holds the adapter.")
-    history: list[HistoryEntry] = Field(default_factory=list, max_length=1100, description="Moves of the head, oldest first, bounded.")
-    collecting: list[Name] = Field(default_factory=list, max_length=1100, description="Versions being collected: no longer valid targets.")
+    history: list[HistoryEntry] = Field(
+        default_factory=list, max_length=1100, description="Moves of the head, oldest first, bounded."
+    )
+    collecting: list[Name] = Field(
+        default_factory=list, max_length=1100, description="Versions being collected: no longer valid targets."
+    )
     rolled_back_generation: int = Field(0, description="metadata.generation of the last rollback that was done.")
     totals: Totals = Field(default_factory=Totals, description="Steps and tokens over the adapter's life.")
-    conditions: list[Condition] = Field(default_factory=list, max_length=16, description="Ready and Updating.")
-    observed_generation: int = 0
+    conditions: Conditions = Field(default_factory=list, description="Ready and Updating.")
+    observed_generation: int = Field(0, description="metadata.generation that this status answers.")

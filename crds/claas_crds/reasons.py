@@ -67,7 +67,7 @@ class Reason(StrEnum):
     TOKENIZER_MISMATCH = "TokenizerMismatch"
     ADAPTER_INVALID = "AdapterInvalid"
     PAYLOAD_INVALID = "PayloadInvalid"
-    VERSION_CONFLICT = "VersionConflict"  # an object of ours was already there: tried again under the next attempt's suffix
+    VERSION_CONFLICT = "VersionConflict"  # an earlier attempt's object is there: the next takes another suffix
     INTERNAL_ERROR = "InternalError"
     # LoraAdapter
     CREATING = "Creating"
@@ -86,7 +86,7 @@ _SENTENCES: dict[Reason, str] = {
     Reason.NO_CAPACITY: "every worker of the pool is busy or still starting",
     Reason.ADAPTER_BUSY: "an earlier request on the same adapter has not ended",
     Reason.ADAPTER_NOT_READY: "the adapter has no version yet",
-    Reason.ADAPTER_NOT_FOUND: "spec.adapterRef.name names no LoraAdapter in this namespace; apply one and the request goes on",
+    Reason.ADAPTER_NOT_FOUND: "spec.adapterRef.name names no LoraAdapter in this namespace; the request waits for it",
     Reason.TEACHER_UNAVAILABLE: "the teacher does not answer; the request goes on when it does",
     Reason.STORAGE_UNAVAILABLE: "the object store does not answer; the request goes on when it does",
     Reason.QUOTA_EXCEEDED: "the namespace has used up its quota",
@@ -103,10 +103,10 @@ _SENTENCES: dict[Reason, str] = {
     Reason.STORAGE_DENIED: "the uri lies outside the storage prefixes of this namespace",
     Reason.UNKNOWN_POOL: "spec.pool names no pool of this installation",
     Reason.BASE_MODEL_MISMATCH: "the pool's workers hold another base model than the adapter needs",
-    Reason.PAYLOAD_TOO_LARGE: "the samples exceed the inline bound; put them into an object and name it in spec.payloadRef",
+    Reason.PAYLOAD_TOO_LARGE: "the samples exceed the inline bound; put them into an object, named in spec.payloadRef",
     Reason.INVALID_SPEC: "the stored object does not fit this release's schema; the message names the field",
     Reason.EMPTY_RESPONSE: "a sample's response has no tokens",
-    Reason.RESPONSE_TOO_LONG: "a response exceeds the worker's token limit; shorten it or set training.truncateResponse: head",
+    Reason.RESPONSE_TOO_LONG: "a response exceeds the worker's token limit; shorten it or set truncateResponse: head",
     Reason.PROMPT_TOO_LONG: "a prompt exceeds the worker's token limit even without its feedback",
     Reason.LOGPROB_LENGTH_MISMATCH: "given logprobs do not match the response token by token",
     Reason.NON_FINITE_INPUT: "given or scored logprobs hold NaN or values above zero",
@@ -116,7 +116,7 @@ _SENTENCES: dict[Reason, str] = {
     Reason.TOKENIZER_MISMATCH: "teacher and student do not share a tokenizer",
     Reason.ADAPTER_INVALID: "the version in the store does not fit the base model (keys, shapes, rank or format)",
     Reason.PAYLOAD_INVALID: "spec.payloadRef's object is missing, has another sha256 or does not fit the schema",
-    Reason.VERSION_CONFLICT: "objects of an earlier attempt lie at the new version's uri; the next attempt takes another",
+    Reason.VERSION_CONFLICT: "an earlier attempt's objects lie at the new version's uri; the next takes another",
     Reason.INTERNAL_ERROR: "the worker met an error of its own; its log says more",
     Reason.CREATING: "the first version is being written",
     Reason.CREATED: "the adapter has a version",

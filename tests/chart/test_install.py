@@ -1,0 +1,336 @@
+"""The chart in a real API server: installed by Helm, its Pods admitted, its admission policies tried, and uninstalled."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import kubernetes
+import pytest
+from chart.rendering import CHART, VARIANTS, Helm, Object, pod_templates
+from claas_crds import names
+from cluster import programs
+from cluster.controlplane import ControlPlane
+from kubectl import CommandFailed, Kubectl
+
+pytestmark = pytest.mark.controlplane
+
+LIMIT_SECONDS = 60
+RELEASE = "trial"
+VALUES = ["--set", "crds.install=false,networkPolicy.enabled=true,operator.replicas=2,seaweedfs.enabled=true,teacher.podDisruptionBudget=true"]
+
+
+def until(what: str, ask: Callable[[], Any]) -> Any:
+    """The first truthy answer of `ask`; fails after a minute with the last one."""
+    end = time.monotonic() + LIMIT_SECONDS
+    while not (answer := ask()):
+        assert time.monotonic() < end, f"{what}: still {answer!r} after {LIMIT_SECONDS} s"
+        time.sleep(0.1)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def kubectl(control_plane: ControlPlane) -> Kubectl:
+    """An API server that knows our resources."""
+    kubectl = Kubectl(control_plane.kubeconfig, programs.ensure_kubectl())
+    for definition in sorted((CHART.parents[1] / "crds").glob("*.yaml")):
+        kubectl("apply", "--server-side", "--force-conflicts", "-f", str(definition))
+        kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(definition))
+    return kubectl
+
+
+def restricted_namespace(kubectl: Kubectl) -> str:
+    """A new namespace that admits restricted Pods only."""
+    name = f"chart-{uuid.uuid4().hex[:8]}"
+    kubectl("create", "namespace", name)
+    kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    until("the default service account", lambda: kubectl.get("serviceaccounts", "-n", name))
+    return name
+
+
+@pytest.fixture(scope="module")
+def namespace(kubectl: Kubectl) -> Iterator[str]:
+    """Where the release is installed while this module's tests run."""
+    name = restricted_namespace(kubectl)
+    kubectl.helm("install", RELEASE, str(CHART), "--namespace", name, *VALUES)
+    yield name
+    if json.loads(kubectl.helm("list", "--namespace", name, "-o", "json")):
+        kubectl.helm("uninstall", RELEASE, "--namespace", name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_api_server_accepts_every_object(kubectl: Kubectl, helm: Helm, variant: str) -> None:
+    """Definitions included, each field known (strict validation)."""
+    namespace = restricted_namespace(kubectl)
+    text = helm.run("template", "dry", str(CHART), "--namespace", namespace, *VARIANTS[variant]).stdout
+    arguments = ("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-n", namespace)
+    accepted = kubectl(*arguments, "-f", "-", stdin=text)
+    assert "distillrequests.claas.dev serverside-applied" in accepted
+    assert "deployment.apps/dry-operator serverside-applied" in accepted
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_api_server_admits_every_pod(kubectl: Kubectl, helm: Helm, variant: str) -> None:
+    """Under the restricted Pod Security Standard; those of the operator's settings too, which nobody else checks."""
+    namespace = restricted_namespace(kubectl)
+    for account in ("operator", "worker", "operation", "teacher"):
+        kubectl("create", "serviceaccount", f"claas-{account}", "-n", namespace)
+    for name, template in pod_templates(helm.render(*VARIANTS[variant])).items():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", "labels": template["metadata"]["labels"]}, "spec": template["spec"]}
+        arguments = ("create", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", "-")
+        assert "pod/x created" in kubectl(*arguments, stdin=json.dumps(pod)), name
+
+
+def test_every_deployment_and_job_gets_its_pods(kubectl: Kubectl, namespace: str) -> None:
+    def components() -> list[str]:
+        pods = kubectl.get("pods", "-n", namespace)
+        return sorted(pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in pods)
+
+    expected = ["fetch", "fetch", "operator", "operator", "seaweedfs", "teacher"]
+    until("Pods of every workload", lambda: components() == expected)
+
+
+def test_generated_credentials_survive_an_upgrade(kubectl: Kubectl, namespace: str) -> None:
+    before = kubectl.get("secret", f"{RELEASE}-storage", "-n", namespace)["data"]
+    kubectl.helm("upgrade", RELEASE, str(CHART), "--namespace", namespace, *VALUES, "--set", "poolDefaults.maxWorkers=4")
+    assert kubectl.get("secret", f"{RELEASE}-storage", "-n", namespace)["data"] == before
+
+
+Patch = Callable[[str, Object], None]
+
+
+class Worker:
+    """A worker's Pod (pending: there is no node) and what its token may do."""
+
+    def __init__(self, kubectl: Kubectl, namespace: str, url: str) -> None:
+        self.kubectl, self.namespace, self.name = kubectl, namespace, f"worker-{uuid.uuid4().hex[:6]}"
+        (template,) = [t for n, t in pod_templates(self._rendered()).items() if n.startswith("pool ")]
+        kubectl.apply(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": self.name}, "spec": template["spec"]}, namespace=namespace
+        )
+        bound = ("--bound-object-kind", "Pod", "--bound-object-name", self.name)
+        self.client = as_token(kubectl, url, kubectl("create", "token", f"{RELEASE}-worker", "-n", namespace, *bound))
+
+    def _rendered(self) -> list[Object]:
+        return Helm(programs.ensure_kubectl() / "helm").render("--set", "crds.install=false", release=RELEASE)
+
+
+def as_token(kubectl: Kubectl, url: str, token: str) -> kubernetes.client.ApiClient:
+    """A client that shows the token and nothing else."""
+    configuration = kubernetes.client.Configuration()
+    kubernetes.config.load_kube_config(str(kubectl.kubeconfig), client_configuration=configuration)
+    configuration.cert_file = configuration.key_file = None
+    configuration.host = url
+    configuration.api_key = {"authorization": f"Bearer {token.strip()}"}
+    return kubernetes.client.ApiClient(configuration)
+
+
+@pytest.fixture(scope="module")
+def workers(kubectl: Kubectl, control_plane: ControlPlane, namespace: str) -> list[Worker]:
+    """Two of them, once the policies are in force (which takes the API server a moment)."""
+    made = [Worker(kubectl, namespace, control_plane.url) for _ in range(2)]
+    probe = request_bound_to(kubectl, "nobody")
+
+    def denied() -> bool:
+        try:
+            patch(made[0].client, probe, {"progress": {"phase": "Loading", "at": "2026-01-01T00:00:00Z"}})
+        except kubernetes.client.ApiException as error:
+            return "not bound to Pod" in error.body
+        return False
+
+    until("the admission policy", denied)
+
+    def lease_denied() -> bool:
+        return "only the Lease" in refused(lambda: put_lease(made[0], f"probe-{uuid.uuid4().hex[:6]}"))
+
+    until("the admission policy of Leases", lease_denied)
+    return made
+
+
+def request_bound_to(kubectl: Kubectl, worker: str) -> str:
+    """A request of the namespace `default`, bound as the operator does it; returns its name."""
+    name = f"r-{uuid.uuid4().hex[:8]}"
+    spec = {"loraUri": "s3://adapters/default/a/", "samples": [{"prompt": "p", "response": "r"}]}
+    kubectl.apply({"apiVersion": names.API_VERSION, "kind": names.REQUEST_KIND, "metadata": {"name": name}, "spec": spec}, namespace="default")
+    status = {"worker": worker, "attempt": 1, "state": "Assigned", "parent": {"uri": "s3://adapters/default/a/"}}
+    kubectl("patch", "dr", name, "-n", "default", "--subresource=status", "--type=merge", "-p", json.dumps({"status": status}))
+    return name
+
+
+def patch(client: kubernetes.client.ApiClient, name: str, status: Object, *, subresource: str = "status") -> Object:
+    """A merge patch of the request's status, as `client`."""
+    path = f"/apis/{names.API_VERSION}/namespaces/default/{names.REQUEST_PLURAL}/{name}"
+    path += f"/{subresource}" if subresource else ""
+    answer: Object = client.call_api(
+        *(path, "PATCH"),
+        header_params={"Content-Type": "application/merge-patch+json", "Accept": "application/json"},
+        body={"status": status},
+        response_type="object",
+        auth_settings=["BearerToken"],
+        _return_http_data_only=True,
+        _request_timeout=10,
+    )
+    return answer
+
+
+def refused(act: Callable[[], Any]) -> str:
+    """The API server's words when it refuses with 403; empty when it does not refuse."""
+    try:
+        act()
+    except kubernetes.client.ApiException as error:
+        assert error.status == 403, error
+        return str(json.loads(error.body)["message"])
+    return ""
+
+
+PROGRESS = {"progress": {"phase": "Loading", "at": "2026-01-01T00:00:00Z"}}
+
+
+def claim(worker: str) -> Object:
+    return {"claim": {"worker": worker, "attempt": 1, "at": "2026-01-01T00:00:00Z"}}
+
+
+def test_a_worker_writes_claim_progress_and_result_of_its_own_requests(kubectl: Kubectl, workers: list[Worker]) -> None:
+    mine, _ = workers
+    name = request_bound_to(kubectl, mine.name)
+    patch(mine.client, name, claim(mine.name))
+    patch(mine.client, name, PROGRESS)
+    result = {"attempt": 1, "outcome": "Failed", "reason": "InternalError", "at": "2026-01-01T00:00:00Z"}
+    after = patch(mine.client, name, {"result": result})["status"]
+    assert after["claim"]["worker"] == after["worker"] == mine.name
+    assert after["result"]["reason"] == "InternalError"
+    assert patch(mine.client, name, {"progress": None})["status"].get("progress") is None  # what is its own it may also clear
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"worker": "another"},
+        {"worker": None},
+        {"attempt": 2},
+        {"state": "Complete"},
+        {"loraUri": "s3://adapters/default/stolen/"},
+        {"parent": {"uri": "s3://adapters/default/b/"}},
+        {"parent": None},
+        {"conditions": [{"type": "Complete", "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}]},
+        {**PROGRESS, "attempt": 2},
+    ],
+    ids=lambda status: json.dumps(status)[:40],
+)
+def test_a_worker_writes_nothing_else(kubectl: Kubectl, workers: list[Worker], status: Object) -> None:
+    mine, _ = workers
+    name = request_bound_to(kubectl, mine.name)
+    before = kubectl.get("dr", name, "-n", "default")["status"]
+    assert "may write only status.claim, status.progress and status.result" in refused(lambda: patch(mine.client, name, status))
+    assert kubectl.get("dr", name, "-n", "default")["status"] == before
+
+
+def test_a_worker_may_not_touch_another_workers_request(kubectl: Kubectl, workers: list[Worker]) -> None:
+    mine, other = workers
+    name = request_bound_to(kubectl, mine.name)
+    assert f"not bound to Pod {other.name}" in refused(lambda: patch(other.client, name, claim(other.name)))
+    assert f"not bound to Pod {other.name}" in refused(lambda: patch(other.client, name, {"worker": other.name}))
+
+
+def test_a_request_that_is_bound_to_nobody_is_nobodys(kubectl: Kubectl, workers: list[Worker]) -> None:
+    name = request_bound_to(kubectl, "somebody")
+    kubectl("patch", "dr", name, "-n", "default", "--subresource=status", "--type=json", "-p", '[{"op": "remove", "path": "/status"}]')
+    assert "not bound to Pod" in refused(lambda: patch(workers[0].client, name, claim(workers[0].name)))
+
+
+def test_a_token_without_a_pod_writes_nothing(
+    kubectl: Kubectl, control_plane: ControlPlane, namespace: str, workers: list[Worker]
+) -> None:
+    stolen = as_token(kubectl, control_plane.url, kubectl("create", "token", f"{RELEASE}-worker", "-n", namespace))
+    name = request_bound_to(kubectl, workers[0].name)
+    assert "only a token bound to a Pod" in refused(lambda: patch(stolen, name, claim(workers[0].name)))
+
+
+def test_a_worker_changes_no_spec_and_creates_nothing(kubectl: Kubectl, workers: list[Worker]) -> None:
+    mine, _ = workers
+    name = request_bound_to(kubectl, mine.name)
+    assert "cannot patch resource" in refused(lambda: patch(mine.client, name, {}, subresource=""))
+    core = kubernetes.client.CoreV1Api(mine.client)
+    assert "cannot list resource" in refused(lambda: core.list_namespaced_secret("default"))
+    assert "cannot list resource" in refused(lambda: core.list_namespaced_secret(mine.namespace))
+
+
+def test_the_operator_writes_the_whole_status(
+    kubectl: Kubectl, control_plane: ControlPlane, namespace: str, workers: list[Worker]
+) -> None:
+    token = kubectl("create", "token", f"{RELEASE}-operator", "-n", namespace)
+    operator = as_token(kubectl, control_plane.url, token)
+    name = request_bound_to(kubectl, workers[0].name)
+    assert patch(operator, name, {"worker": workers[1].name, "attempt": 2})["status"]["attempt"] == 2
+    assert "cannot list resource" in refused(lambda: kubernetes.client.CoreV1Api(operator).list_namespaced_secret(namespace))
+
+
+def put_lease(worker: Worker, name: str) -> Any:
+    """Create a Lease in the release's namespace."""
+    body = {"metadata": {"name": name}, "spec": {"holderIdentity": "x", "leaseDurationSeconds": 15}}
+    return kubernetes.client.CoordinationV1Api(worker.client).create_namespaced_lease(worker.namespace, body)
+
+
+def test_a_worker_holds_its_own_lease_and_no_other(kubectl: Kubectl, workers: list[Worker]) -> None:
+    mine, other = workers
+    leases = kubernetes.client.CoordinationV1Api(mine.client)
+    made = put_lease(mine, mine.name)
+    made.spec.holder_identity = "me"
+    leases.replace_namespaced_lease(mine.name, mine.namespace, made)
+    put_lease(other, other.name)
+    for victim in (other.name, f"{RELEASE}-operator"):
+        body = {"spec": {"holderIdentity": "thief"}}
+        if victim == other.name:
+            assert "only the Lease" in refused(lambda v=victim: leases.patch_namespaced_lease(v, mine.namespace, body))
+            assert "only the Lease" in refused(lambda v=victim: leases.delete_namespaced_lease(v, mine.namespace))
+        else:
+            assert "only the Lease" in refused(lambda v=victim: put_lease(mine, v))
+    leases.delete_namespaced_lease(mine.name, mine.namespace)
+
+
+def test_editors_of_a_namespace_may_ask_for_steps_and_not_write_status(kubectl: Kubectl, namespace: str) -> None:
+    def can(role: str, verb: str, resource: str) -> bool:
+        kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}-user", "-n", namespace) if not kubectl(
+            "get", "rolebinding", role, "-n", namespace, "--ignore-not-found"
+        ) else None
+        try:
+            return kubectl("auth", "can-i", verb, resource, "-n", namespace, "--as", f"{role}-user").strip() == "yes"
+        except CommandFailed as error:
+            assert str(error).endswith(": no"), error
+            return False
+
+    until("aggregation", lambda: can("edit", "create", "distillrequests.claas.dev"))
+    assert can("edit", "delete", "loraadapters.claas.dev")
+    assert not can("edit", "patch", "distillrequests.claas.dev/status")
+    assert not can("edit", "operate", "distillrequests.claas.dev")
+    assert can("view", "watch", "distillrequests.claas.dev")
+    assert not can("view", "create", "distillrequests.claas.dev")
+
+
+def test_nothing_but_data_outlives_an_uninstall(kubectl: Kubectl, namespace: str, workers: list[Worker]) -> None:
+    """A worker's Job goes with the operator's Deployment, which owns it. The last test here: it ends the release."""
+    deployment = kubectl.get("deployment", f"{RELEASE}-operator", "-n", namespace)
+    owner = {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"], "uid": deployment["metadata"]["uid"]}
+    (template,) = [t for n, t in pod_templates(workers[0]._rendered()).items() if n.startswith("pool ")]
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": f"{RELEASE}-l40s-1", "ownerReferences": [owner]},
+        "spec": {"backoffLimit": 0, "template": template},
+    }
+    kubectl.apply(job, namespace=namespace)
+    until("the worker's Pod", lambda: kubectl.get("pods", "-n", namespace, "-l", f"job-name={RELEASE}-l40s-1"))
+    for worker in workers:
+        kubectl("delete", "pod", worker.name, "-n", namespace, "--grace-period=0", "--force")
+
+    kubectl.helm("uninstall", RELEASE, "--namespace", namespace)
+    kinds = "deployments,replicasets,jobs,pods,services,configmaps,secrets,poddisruptionbudgets,networkpolicies,roles,rolebindings"
+    ours = f"app.kubernetes.io/instance={RELEASE}"
+    until("the end of everything", lambda: not kubectl.get(kinds, "-n", namespace, "-l", ours))
+    assert not kubectl.get("clusterroles,clusterrolebindings,validatingadmissionpolicies", "-l", ours)
+    claims = kubectl.get("persistentvolumeclaims", "-n", namespace, "-l", ours)
+    assert [claim["metadata"]["name"] for claim in claims if "deletionTimestamp" not in claim["metadata"]] == [f"{RELEASE}-seaweedfs"]
+    assert kubectl.get("crd", "distillrequests.claas.dev")

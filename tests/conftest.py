@@ -1,0 +1,22 @@
+"""Fixtures of the real parts, and the rule that `make test` skips nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest_plugins = ["cluster.fixtures", "objectstore", "vllmserver", "models_fixtures"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--require-all`: a skipped test is a failed run."""
+    parser.addoption("--require-all", action="store_true", help="fail instead of skipping when a part is missing")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
+    """Turn a skip into a failure under `--require-all`."""
+    report = yield
+    if report.skipped and item.config.getoption("--require-all") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, but --require-all was given: {report.longrepr}"
+    return report

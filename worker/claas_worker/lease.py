@@ -1,0 +1,184 @@
+"""The worker's Lease, named after its Pod: alive, its state, and the uids of the requests that it runs (protocol.md).
+
+One thread renews it, never blocked by a step; any thread changes it and has the API server's word when the call
+returns. Writes follow one another under a lock, and each carries the resourceVersion of the last: one that was given up
+on and arrives late can never undo a newer one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import kubernetes.client
+import urllib3
+from kubernetes.client import ApiException
+
+from claas_crds import names
+from claas_worker.api import CALL_SECONDS, Unreachable, retrying
+from claas_worker.config import AgentSettings
+from claas_worker.job import now
+
+log = logging.getLogger(__name__)
+
+DURATION_SECONDS = 15
+RENEW_SECONDS = 5.0
+START_LIMIT_SECONDS = 60.0
+CHANGE_LIMIT_SECONDS = 60.0
+
+
+class WorkerLease:
+    """`start` it, `set_state` and `announce`, `leave` requests; `close` ends the renewal and leaves the object, whose
+    owner is the Pod."""
+
+    def __init__(self, client: kubernetes.client.ApiClient, settings: AgentSettings) -> None:
+        self._api = kubernetes.client.CoordinationV1Api(client)
+        self._settings = settings
+        self._state = names.STATE_STARTING
+        self._running: set[str] = set()
+        self._resource_version = ""  # empty: not known, read it first
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # a signal handler may put, never lock
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def start(self) -> None:
+        """Creates the Lease (state Starting) and starts the renewal.
+
+        Raises:
+            Unreachable: the API server did not answer for a minute.
+            ApiException: it refused.
+        """
+        with self._lock:
+            retrying("create lease", self._put, START_LIMIT_SECONDS)
+        self._thread.start()
+
+    def set_state(self, state: str) -> None:
+        """Shows Ready or Draining: acknowledged when this returns, or logged and left to the renewal after a minute."""
+        self._show(lambda: setattr(self, "_state", state))
+
+    def announce(self, uid: str) -> None:
+        """Lists a request as running: acknowledged when this returns, so that a claim may follow.
+
+        Raises:
+            Unreachable: not acknowledged within a minute; a renewal may still show it.
+            ApiException: refused.
+        """
+        with self._lock:
+            self._running.add(uid)
+            retrying("announce", self._put, CHANGE_LIMIT_SECONDS, self._closed)
+
+    def leave(self, uid: str) -> None:
+        """Takes a request off the list, as `set_state` shows a state."""
+        self._show(lambda: self._running.discard(uid))
+
+    def drain_soon(self) -> None:
+        """Has the renewal thread show Draining at once. The only method that a signal handler may call."""
+        self._state = names.STATE_DRAINING
+        self._wake.put(None)
+
+    def close(self) -> None:
+        """Ends the renewal."""
+        self._closed.set()
+        self._wake.put(None)
+
+    def _show(self, change: Callable[[], None]) -> None:
+        with self._lock:
+            change()
+            try:
+                retrying("write lease", self._put, CHANGE_LIMIT_SECONDS, self._closed)
+            except Unreachable as error:
+                log.warning("lease not written yet", extra={"problem": str(error)})
+
+    def _renew(self) -> None:
+        last = monotonic()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=RENEW_SECONDS)
+            try:
+                with self._lock:
+                    if self._closed.is_set():
+                        return
+                    self._put()
+                last = monotonic()
+            except (ApiException, Unreachable, urllib3.exceptions.HTTPError, OSError) as error:
+                problem = f"HTTP {error.status}" if isinstance(error, ApiException) else type(error).__name__
+                log.warning("lease not renewed", extra={"problem": problem, "for_seconds": round(monotonic() - last, 1)})
+
+    def _put(self) -> None:
+        """Writes the Lease as it should be; the lock is held. One try, but for a resourceVersion that was out of date."""
+        for _ in range(3):
+            try:
+                if not self._resource_version:
+                    found = self._read()
+                    self._resource_version = found or self._create()
+                    if found is None:
+                        return
+                answer = self._api.replace_namespaced_lease(
+                    self._settings.pod_name,
+                    self._settings.pod_namespace,
+                    self._body(self._resource_version),
+                    _request_timeout=CALL_SECONDS,
+                )
+                self._resource_version = answer.metadata.resource_version
+                return
+            except ApiException as error:
+                self._resource_version = ""
+                if error.status not in (404, 409):
+                    raise
+            except Exception:
+                self._resource_version = ""  # whether it was written is not known
+                raise
+        raise Unreachable("write lease: somebody else keeps writing it")
+
+    def _read(self) -> str | None:
+        try:
+            answer = self._api.read_namespaced_lease(
+                self._settings.pod_name, self._settings.pod_namespace, _request_timeout=CALL_SECONDS
+            )
+        except ApiException as error:
+            if error.status == 404:
+                return None
+            raise
+        version: str = answer.metadata.resource_version
+        return version
+
+    def _create(self) -> str:
+        answer = self._api.create_namespaced_lease(
+            self._settings.pod_namespace, self._body(None), _request_timeout=CALL_SECONDS
+        )
+        version: str = answer.metadata.resource_version
+        return version
+
+    def _body(self, resource_version: str | None) -> dict[str, Any]:
+        return lease_body(self._settings, self._state, self._running, resource_version)
+
+
+def lease_body(
+    settings: AgentSettings, state: str, running: set[str], resource_version: str | None = None
+) -> dict[str, Any]:
+    """The Lease of a worker, renewed now."""
+    metadata: dict[str, Any] = {
+        "name": settings.pod_name,
+        "namespace": settings.pod_namespace,
+        "labels": {
+            names.COMPONENT_LABEL: names.COMPONENT_WORKER,
+            **({names.INSTANCE_LABEL: settings.instance} if settings.instance else {}),
+            **({names.POOL_LABEL: settings.pool} if settings.pool else {}),
+        },
+        "annotations": {names.LEASE_STATE: state, names.LEASE_RUNNING: ",".join(sorted(running))},
+        "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": settings.pod_name, "uid": settings.pod_uid}],
+    }
+    if resource_version is not None:
+        metadata["resourceVersion"] = resource_version
+    return {
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": metadata,
+        "spec": {"holderIdentity": settings.pod_uid, "leaseDurationSeconds": DURATION_SECONDS, "renewTime": now()},
+    }
