@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest_plugins = ["cluster.fixtures", "objectstore", "vllmserver", "models_fixtures"]
+pytest_plugins = ["cluster.fixtures", "objectstore", "vllmserver"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,7 +15,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import bootstrap
-from cluster import images, programs
+import images
+from cluster import programs
 from cluster.process import ClusterError
 
 
@@ -23,6 +24,11 @@ def python_side() -> None:
     """The development environment, then the small real model (its conversion needs torch)."""
     python = bootstrap.checkout_environment()
     subprocess.run([python, Path(__file__).with_name("models.py"), "smollm2"], check=True, stdout=subprocess.DEVNULL)
+
+
+def slim_images() -> None:
+    """The base images, and our code on them."""
+    images.build(slim=True)
 
 
 def main() -> None:
@@ -35,7 +41,7 @@ def main() -> None:
             return
         programs.ensure_packages({**programs.NODE_PACKAGES, **programs.IMAGE_PACKAGES})
         with ThreadPoolExecutor() as pool:
-            parts = [pool.submit(job) for job in (programs.ensure, python_side, images.ensure_bases)]
+            parts = [pool.submit(job) for job in (programs.ensure, python_side, slim_images)]
             for part in wait(parts, return_when=FIRST_EXCEPTION).done:
                 part.result()
     except (ClusterError, subprocess.CalledProcessError) as error:

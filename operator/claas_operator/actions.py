@@ -95,7 +95,7 @@ class Retry(Bind):
     """Bound again, as a further attempt.
 
     Attributes:
-        lost: the claiming worker's Pod has gone without a report; both are read live first. Else a failure was reported.
+        lost: the claiming worker's Pod has gone without a report; both are read live first. Else one was reported.
     """
 
     lost: bool

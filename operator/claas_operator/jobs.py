@@ -1,4 +1,4 @@
-"""Worker and operation Jobs as pure functions: the chart's Pod templates with what only the operator knows stamped in."""
+"""Worker and operation Jobs as pure functions: the chart's Pod templates, with what only the operator knows added."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from typing import Any, Final
 
 from claas_crds import names
+
 from claas_operator.settings import OPERATION_CONTAINER, WORKER_CONTAINER, Pool, Settings
 from claas_operator.snapshot import Adapter
 
@@ -85,7 +86,13 @@ def build_create_job(
         *("--adapter-uid", adapter.uid),
     ]
     return build_operation_job(
-        settings, "create", f"{create_stem(settings, adapter.uid)}-{counter}", adapter.uid, namespace, arguments, owner_uid
+        settings,
+        "create",
+        f"{create_stem(settings, adapter.uid)}-{counter}",
+        adapter.uid,
+        namespace,
+        arguments,
+        owner_uid,
     )
 
 

@@ -12,6 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
+from claas_crds.model import explain
+from claas_store.errors import UriInvalid
+from claas_store.uris import parse
+
 # A Job's name becomes a label of its Pods (63 characters at most), and the Pod's name adds a dash and 5 characters.
 MAX_JOB_NAME = 57
 MAX_COUNTER_DIGITS = 8
@@ -24,7 +28,10 @@ class SettingsError(ValueError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
+    # hide_input: a template's environment may hold what nobody should read in a log.
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
 
 
 class Owner(_Part):
@@ -38,6 +45,15 @@ class Prefix(_Part):
 
     namespace: str = Field("*", description='A namespace, or "*" for each.')
     uri: str = Field(min_length=1)
+
+    @field_validator("uri")
+    @classmethod
+    def _is_uri(cls, uri: str) -> str:
+        try:
+            parse(uri.replace("{namespace}", "any"))
+        except UriInvalid as error:
+            raise ValueError(str(error)) from error
+        return uri
 
 
 class Storage(_Part):
@@ -76,7 +92,9 @@ class Pool(_Part):
         if self.min_workers > self.max_workers:
             raise ValueError(f"pool {self.name}: minWorkers {self.min_workers} exceeds maxWorkers {self.max_workers}")
         if self.min_workers and self.isolation == "Namespace":
-            raise ValueError(f"pool {self.name}: minWorkers needs isolation Shared, or every namespace would hold a GPU")
+            raise ValueError(
+                f"pool {self.name}: minWorkers needs isolation Shared, or every namespace would hold a GPU"
+            )
         return self
 
 
@@ -133,7 +151,9 @@ class Settings(_Part):
             raise ValueError(f"defaultPool {self.default_pool!r} names no entry of pools ({', '.join(known)})")
         room = MAX_JOB_NAME - MAX_COUNTER_DIGITS - len(self.instance) - 2
         if long := [name for name in known if len(name) > room]:
-            raise ValueError(f"pools: {long[0]!r} is too long for a Job's name: at most {room} with this release's name")
+            raise ValueError(
+                f"pools: {long[0]!r} is too long for a Job's name: at most {room} with this release's name"
+            )
         if len(self.instance) > 25:
             raise ValueError(f"instance {self.instance!r} is too long for a Job's name: at most 25 characters")
         return self
@@ -163,7 +183,9 @@ def load(path: Path) -> Settings:
     except (OSError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {error}") from error
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, p['loc'])) or 'the file'}: {p['msg']}" for p in error.errors(include_input=False))
+        problems = (
+            f"{'.'.join(map(str, p['loc'])) or 'the file'}: {p['msg']}" for p in error.errors(include_input=False)
+        )
         raise SettingsError(f"{path}: " + "; ".join(problems)) from error
 
 

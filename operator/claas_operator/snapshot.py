@@ -15,18 +15,18 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from pydantic import ValidationError
-
 from claas_crds import names
 from claas_crds.adapter import LoraAdapterSpec, LoraAdapterStatus
 from claas_crds.model import Condition, explain, refusal
 from claas_crds.reasons import ConditionType, Outcome, Reason
 from claas_crds.request import DistillRequestSpec, DistillRequestStatus, Result
+from pydantic import ValidationError
 
 Raw = Mapping[str, Any]
 
 # A deleted object's uid is remembered this long: an answer to one of our writes may arrive after its DELETED event.
 TOMBSTONE_LIFE = timedelta(minutes=10)
+EPOCH = datetime.fromtimestamp(0, UTC)
 # Why a container waits when all is well.
 _USUAL_WAITS = frozenset({"", "ContainerCreating", "PodInitializing"})
 # These two take turns while an image cannot be pulled; a message that flips between them would be written each time.
@@ -95,6 +95,7 @@ class Request(Entry):
     problem: tuple[Reason, str] | None  # why the stored spec cannot be used
     worker: str
     ended: Condition | None
+    says_busy: bool  # its status says that it waits for its adapter, and nothing else is to be done about it
     status: DistillRequestStatus
 
     @property
@@ -235,7 +236,7 @@ class Snapshot:
     leases: dict[str, Lease] = field(default_factory=dict)
     teacher: TeacherHealth | None = None
     # Start of unbroken contact with the API server: a Lease may look stale only because we saw nothing.
-    contact_since: datetime = datetime.min.replace(tzinfo=UTC)
+    contact_since: datetime = EPOCH
     # uid of the operator's Deployment, which owns the Jobs of the release's namespace.
     owner_uid: str | None = None
     # Actions that are being applied, by their key: `plan` leaves what they touch alone and counts what they take.
@@ -421,7 +422,11 @@ _FORGOTTEN = DistillRequestStatus()
 def _request(raw: Raw, common: dict[str, Any], known: Request | None) -> Request:
     status = DistillRequestStatus.model_validate(raw.get("status") or {})
     ended = next(
-        (c for c in status.conditions if c.type in (ConditionType.COMPLETE, ConditionType.FAILED) and c.status == "True"),
+        (
+            c
+            for c in status.conditions
+            if c.type in (ConditionType.COMPLETE, ConditionType.FAILED) and c.status == "True"
+        ),
         None,
     )
     same = known is not None and known.generation == common["generation"]
@@ -431,6 +436,9 @@ def _request(raw: Raw, common: dict[str, Any], known: Request | None) -> Request
         **from_spec,
         worker=status.worker,
         ended=ended,
+        says_busy=status.reason == Reason.ADAPTER_BUSY
+        and status.observed_generation == common["generation"]
+        and not (status.worker or from_spec["cancel"] or from_spec["problem"]),
         status=_FORGOTTEN if ended else status,
     )
 

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from pydantic import BaseModel
-
 from claas_crds.adapter import ActiveRequest, HistoryEntry
 from claas_crds.model import Condition
 from claas_crds.reasons import ConditionType, Outcome, Reason, describe
 from claas_crds.request import Parent, Timings
+from pydantic import BaseModel
+
 from claas_operator.snapshot import Adapter, Request, format_time, parse_time
 
 Patch = dict[str, Any]
@@ -82,9 +82,7 @@ def bound(request: Request, parent: Parent, worker: str, attempt: int, now: date
     """It is `worker`'s. Claim and result of an attempt before are cleared; the first claim's time stays."""
     first = request.first_claim
     message = f"bound to worker {worker}, attempt {attempt}"
-    return _request(
-        request, now, "Assigned", "", [(ConditionType.ASSIGNED, True, Reason.BOUND, message)]
-    ) | {
+    return _request(request, now, "Assigned", "", [(ConditionType.ASSIGNED, True, Reason.BOUND, message)]) | {
         "worker": worker,
         "attempt": attempt,
         "assignedAt": format_time(now),
@@ -100,9 +98,9 @@ def running(request: Request, now: datetime) -> Patch:
     """The worker has claimed it. Written for steps that take a while only: people look, and nothing waits for it."""
     message = f"worker {request.worker} runs attempt {request.status.attempt}"
     first = request.first_claim
-    return _request(
-        request, now, "Running", "", [(ConditionType.ASSIGNED, True, Reason.CLAIMED, message)]
-    ) | {"firstClaimAt": format_time(first) if first else None}
+    return _request(request, now, "Running", "", [(ConditionType.ASSIGNED, True, Reason.CLAIMED, message)]) | {
+        "firstClaimAt": format_time(first) if first else None
+    }
 
 
 def completed(request: Request, uri: str, version: str, reason: Reason, now: datetime) -> Patch:
@@ -173,7 +171,13 @@ def freed(adapter: Adapter, now: datetime) -> Patch:
 
 
 def committed(
-    adapter: Adapter, request: Request, uri: str, version: str, keep: frozenset[str], heir: Request | None, now: datetime
+    adapter: Adapter,
+    request: Request,
+    uri: str,
+    version: str,
+    keep: frozenset[str],
+    heir: Request | None,
+    now: datetime,
 ) -> Patch:
     """The head moves to `uri`; the lock goes to `heir`, or is cleared.
 

@@ -13,9 +13,10 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from claas_crds import names
+
 from claas_operator.actions import Bind, Fault, Fence, Lock, Note, StartJob
 from claas_operator.jobs import build_worker_job, worker_stem
-from claas_operator.settings import Pool, Settings
+from claas_operator.settings import Settings
 from claas_operator.snapshot import Job, Kind, Lease, Pod, Request, Snapshot
 
 # Of a Pod whose pool is no longer configured.
@@ -106,15 +107,16 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
         fleet.alive[scope] += 1
         its_pod = pods_of_job.get((job.namespace, job.name))
         lease = snapshot.lease_of(its_pod) if its_pod else None
-        if its_pod and its_pod.deleting or lease and lease.state == names.STATE_DRAINING:
+        if (its_pod and its_pod.deleting) or (lease and lease.state == names.STATE_DRAINING):
             fleet.draining[scope] += 1
         elif lease is None or lease.state == names.STATE_STARTING:
             fleet.starting[scope] += 1
     for action in snapshot.in_flight.values():
-        if isinstance(action, StartJob) and action.pool:
-            if snapshot.by_name(Kind.JOB, action.namespace, action.name) is None:
-                fleet.alive[action.pool, action.namespace] += 1
-                fleet.starting[action.pool, action.namespace] += 1
+        if not isinstance(action, StartJob) or not action.pool:
+            continue
+        if snapshot.by_name(Kind.JOB, action.namespace, action.name) is None:
+            fleet.alive[action.pool, action.namespace] += 1
+            fleet.starting[action.pool, action.namespace] += 1
     return fleet
 
 
@@ -158,9 +160,7 @@ def start_workers(
             highest = max([snapshot.taken_counters.get((scope[1], stem), 0), *(job.counter for job in jobs)])
             for i in range(count):
                 stays = fleet.alive[scope] - fleet.draining[scope] + i < pool.min_workers
-                manifest = build_worker_job(
-                    settings, pool, scope[1], highest + 1 + i, snapshot.owner_uid, stays=stays
-                )
+                manifest = build_worker_job(settings, pool, scope[1], highest + 1 + i, snapshot.owner_uid, stays=stays)
                 yield StartJob(manifest=manifest, pool=pool.name)
 
 

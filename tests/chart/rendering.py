@@ -67,7 +67,7 @@ def only(objects: list[Object], kind: str, name: str = "") -> Object:
 
 def settings_of(objects: list[Object]) -> Object:
     """The operator's settings file, parsed."""
-    content = only(objects, "ConfigMap", "claas-operator")["data"]["config.yaml"]
+    content = only(objects, "ConfigMap")["data"]["config.yaml"]
     settings: Object = yaml.safe_load(content)
     return settings
 

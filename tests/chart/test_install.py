@@ -14,12 +14,13 @@ from chart.rendering import CHART, VARIANTS, Helm, Object, pod_templates
 from claas_crds import names
 from cluster import programs
 from cluster.controlplane import ControlPlane
-from kubectl import CommandFailed, Kubectl
+from kubectl import Kubectl
 
 pytestmark = pytest.mark.controlplane
 
 LIMIT_SECONDS = 60
 RELEASE = "trial"
+JSON_PATCH = "application/json-patch+json"  # the client would send a list as a merge patch
 VALUES = ["--set", "crds.install=false,networkPolicy.enabled=true,operator.replicas=2,seaweedfs.enabled=true,teacher.podDisruptionBudget=true"]
 
 
@@ -160,19 +161,15 @@ def request_bound_to(kubectl: Kubectl, worker: str) -> str:
     return name
 
 
-def patch(client: kubernetes.client.ApiClient, name: str, status: Object, *, subresource: str = "status") -> Object:
-    """A merge patch of the request's status, as `client`."""
-    path = f"/apis/{names.API_VERSION}/namespaces/default/{names.REQUEST_PLURAL}/{name}"
-    path += f"/{subresource}" if subresource else ""
-    answer: Object = client.call_api(
-        *(path, "PATCH"),
-        header_params={"Content-Type": "application/merge-patch+json", "Accept": "application/json"},
-        body={"status": status},
-        response_type="object",
-        auth_settings=["BearerToken"],
-        _return_http_data_only=True,
-        _request_timeout=10,
-    )
+def patch(client: kubernetes.client.ApiClient, name: str, status: Object) -> Object:
+    """Write fields of the request's status as `client`, by JSON Patch as workers do; None removes one."""
+    operations = [
+        {"op": "remove", "path": f"/status/{field}"} if value is None else {"op": "add", "path": f"/status/{field}", "value": value}
+        for field, value in status.items()
+    ]
+    api = kubernetes.client.CustomObjectsApi(client)
+    place = (names.GROUP, names.VERSION, "default", names.REQUEST_PLURAL, name)
+    answer: Object = api.patch_namespaced_custom_object_status(*place, operations, _content_type=JSON_PATCH)
     return answer
 
 
@@ -238,7 +235,11 @@ def test_a_worker_may_not_touch_another_workers_request(kubectl: Kubectl, worker
 def test_a_request_that_is_bound_to_nobody_is_nobodys(kubectl: Kubectl, workers: list[Worker]) -> None:
     name = request_bound_to(kubectl, "somebody")
     kubectl("patch", "dr", name, "-n", "default", "--subresource=status", "--type=json", "-p", '[{"op": "remove", "path": "/status"}]')
-    assert "not bound to Pod" in refused(lambda: patch(workers[0].client, name, claim(workers[0].name)))
+    api = kubernetes.client.CustomObjectsApi(workers[0].client)
+    place = (names.GROUP, names.VERSION, "default", names.REQUEST_PLURAL, name)
+    for status in (claim(workers[0].name), {"worker": workers[0].name}):
+        operation = {"op": "add", "path": "/status", "value": status}
+        assert "not bound to Pod" in refused(lambda o=operation: api.patch_namespaced_custom_object_status(*place, [o], _content_type=JSON_PATCH))
 
 
 def test_a_token_without_a_pod_writes_nothing(
@@ -252,7 +253,13 @@ def test_a_token_without_a_pod_writes_nothing(
 def test_a_worker_changes_no_spec_and_creates_nothing(kubectl: Kubectl, workers: list[Worker]) -> None:
     mine, _ = workers
     name = request_bound_to(kubectl, mine.name)
-    assert "cannot patch resource" in refused(lambda: patch(mine.client, name, {}, subresource=""))
+    api = kubernetes.client.CustomObjectsApi(mine.client)
+    place = (names.GROUP, names.VERSION, "default", names.REQUEST_PLURAL)
+    cancel = [{"op": "add", "path": "/spec/cancel", "value": True}]
+    assert "cannot patch resource" in refused(lambda: api.patch_namespaced_custom_object(*place, name, cancel, _content_type=JSON_PATCH))
+    body = kubectl.get("dr", name, "-n", "default")
+    assert "cannot create resource" in refused(lambda: api.create_namespaced_custom_object(*place, body))
+    assert "cannot delete resource" in refused(lambda: api.delete_namespaced_custom_object(*place, name))
     core = kubernetes.client.CoreV1Api(mine.client)
     assert "cannot list resource" in refused(lambda: core.list_namespaced_secret("default"))
     assert "cannot list resource" in refused(lambda: core.list_namespaced_secret(mine.namespace))
@@ -292,22 +299,22 @@ def test_a_worker_holds_its_own_lease_and_no_other(kubectl: Kubectl, workers: li
 
 
 def test_editors_of_a_namespace_may_ask_for_steps_and_not_write_status(kubectl: Kubectl, namespace: str) -> None:
-    def can(role: str, verb: str, resource: str) -> bool:
-        kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}-user", "-n", namespace) if not kubectl(
-            "get", "rolebinding", role, "-n", namespace, "--ignore-not-found"
-        ) else None
-        try:
-            return kubectl("auth", "can-i", verb, resource, "-n", namespace, "--as", f"{role}-user").strip() == "yes"
-        except CommandFailed as error:
-            assert str(error).endswith(": no"), error
-            return False
+    for role in ("edit", "view"):
+        kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}-user", "-n", namespace)
 
-    until("aggregation", lambda: can("edit", "create", "distillrequests.claas.dev"))
-    assert can("edit", "delete", "loraadapters.claas.dev")
-    assert not can("edit", "patch", "distillrequests.claas.dev/status")
-    assert not can("edit", "operate", "distillrequests.claas.dev")
-    assert can("view", "watch", "distillrequests.claas.dev")
-    assert not can("view", "create", "distillrequests.claas.dev")
+    admin = kubernetes.client.AuthorizationV1Api(kubernetes.config.new_client_from_config(str(kubectl.kubeconfig)))
+
+    def can(role: str, verb: str, resource: str, subresource: str = "") -> bool:
+        what = {"namespace": namespace, "group": names.GROUP, "verb": verb, "resource": resource, "subresource": subresource}
+        review = {"spec": {"user": f"{role}-user", "resourceAttributes": what}}
+        return bool(admin.create_subject_access_review(review).status.allowed)
+
+    until("aggregation", lambda: can("edit", "create", "distillrequests"))
+    assert can("edit", "delete", "loraadapters")
+    assert not can("edit", "patch", "distillrequests", "status")
+    assert not can("edit", "operate", "distillrequests")
+    assert can("view", "watch", "distillrequests")
+    assert not can("view", "create", "distillrequests")
 
 
 def test_nothing_but_data_outlives_an_uninstall(kubectl: Kubectl, namespace: str, workers: list[Worker]) -> None:

@@ -60,6 +60,9 @@ def main(arguments: list[str]) -> int:
     except (ClusterError, ValueError) as error:
         say(str(error))
         return 1
+    except KeyboardInterrupt:
+        say("interrupted; what was being started has ended")
+        return 130
     return 0
 
 

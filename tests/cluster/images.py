@@ -52,11 +52,6 @@ def base(packages: Sequence[str] = ()) -> str:
     return name
 
 
-def ensure_bases() -> None:
-    """Makes every base image that the project's Dockerfiles are built on in the tests."""
-    base()
-
-
 def _debootstrap(packages: Sequence[str], into: Path, log: Path) -> None:
     if os.geteuid() != 0:
         raise ClusterError(
@@ -156,7 +151,7 @@ def build(
             command += ["--volume", volume]
         command += ["--target", target] if target else []
         run_with_progress(
-            f"building {tag}", [*command, str(context)], log, seconds=BUILD_SECONDS, environment=_environment()
+            f"building {tag}", [*command, str(context)], log, seconds=BUILD_SECONDS, environment=builder_environment()
         )
 
 
@@ -210,11 +205,11 @@ def _exists(name: str) -> bool:
 
 
 def _buildah(*arguments: str | Path, seconds: float = 60) -> str:
-    return run(["buildah", *arguments], seconds=seconds, environment=_environment())
+    return run(["buildah", *arguments], seconds=seconds, environment=builder_environment())
 
 
 @functools.cache
-def _environment() -> dict[str, str]:
+def builder_environment() -> dict[str, str]:
     """buildah's settings: chroot as isolation, which works inside containers too; overlay for layers where it can."""
     chosen = {"BUILDAH_ISOLATION": "chroot", "STORAGE_DRIVER": os.environ.get("STORAGE_DRIVER", "overlay")}
     try:

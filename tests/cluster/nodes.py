@@ -4,6 +4,8 @@ Nodes ``l40s`` and ``a100`` each have containerd, kubelet, kube-proxy, a network
 own. The whole cluster lives in one process namespace: one SIGKILL of its first process leaves no process, mount or
 network; the cgroups, which outlive it, are swept at the next ``up`` or ``down``. It reaches nothing outside, and is
 reached only through the API server, which a forwarder serves on a loopback port of the host.
+
+Runs on machines with cgroup version 1. Version 2 is provided for, but has not been tried.
 """
 
 import fcntl
@@ -105,7 +107,8 @@ def _require_root() -> None:
 
 
 def _lock(layout: Layout) -> AbstractContextManager[int]:
-    return file_lock(layout.data.with_suffix(".lock"), "starts or ends this cluster", UP_SECONDS + END_SECONDS)
+    """One for all clusters of the cache: a lock file per cluster would stay behind when the cluster is forgotten."""
+    return file_lock(layout.data.parent / "nodes.lock", "starts or ends a cluster", UP_SECONDS + END_SECONDS)
 
 
 def _problem(layout: Layout) -> str | None:

@@ -21,6 +21,7 @@ from cluster import images, nodes
 from cluster.layout import NODES, Layout
 from cluster.nodes import Cluster
 from cluster.process import wait_for
+from cluster.programs import PAUSE_IMAGE, PAUSE_TAR
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]
 
@@ -265,6 +266,8 @@ def test_up_reuses_a_healthy_cluster(own: Cluster, kubectl: Kubectl) -> None:
 def test_load_skips_what_a_node_has(own: Cluster, archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nodes.load(archive, list(NODES))
     assert sorted(re.findall(r"(\w+) has (\S+) already", capsys.readouterr().err)) == [("a100", IMAGE), ("l40s", IMAGE)]
+    nodes.load(Layout.load(Layout.default().state).programs / PAUSE_TAR, ["l40s"])
+    assert f"l40s has {PAUSE_IMAGE} already" in capsys.readouterr().err, "an OCI archive is recognised as well"
 
 
 # From here on the tests end the cluster, in the order in which they stand

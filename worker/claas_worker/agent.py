@@ -19,11 +19,11 @@ from time import monotonic, sleep
 from typing import Any
 
 import urllib3
+from claas_crds import names
+from claas_crds.request import Result
 from kubernetes.client import ApiException
 from pydantic import ValidationError
 
-from claas_crds import names
-from claas_crds.request import Result
 from claas_worker.api import CLAIM_LIMIT_SECONDS, Gone, Lost, Requests, Unreachable, backoff_seconds, retrying
 from claas_worker.config import AgentSettings
 from claas_worker.job import Bound, Step, Unfit, failure, place
@@ -47,7 +47,7 @@ class Agent:
 
     def __init__(self, requests: Requests, lease: WorkerLease, settings: AgentSettings) -> None:
         self._requests, self._lease, self._settings = requests, lease, settings
-        # Requests as the watch finds them; None wakes the loop. A SimpleQueue, because a signal handler may put into it.
+        # Requests as the watch finds them; None wakes the loop. A signal handler may put into a SimpleQueue, not lock.
         self._inbox: queue.SimpleQueue[Bound | None] = queue.SimpleQueue()
         self._stopping = False  # SIGTERM: nothing more is started
         self._draining = False
@@ -106,7 +106,7 @@ class Agent:
         self._draining = True
         self._lease.set_state(names.STATE_DRAINING)
         while not self._stopping:
-            bound, _ = retrying("list requests", self._requests.list, CLAIM_LIMIT_SECONDS)
+            bound, _ = retrying("list requests", self._requests.bound, CLAIM_LIMIT_SECONDS)
             new = [request for request in bound if self._is_new(request)]
             if not new:
                 return
@@ -181,11 +181,11 @@ class Agent:
             started = monotonic()
             try:
                 if not version:
-                    bound, version = self._requests.list()
+                    bound, version = self._requests.bound()
                     for request in bound:
                         self._inbox.put(request)
-                for version, changed in self._requests.watch(version):
-                    failures = 0
+                for latest, changed in self._requests.watch(version):
+                    version, failures = latest, 0
                     if changed is not None and changed.claimable(self._requests.worker):
                         self._inbox.put(changed)
                 if monotonic() - started > SHORT_WATCH_SECONDS:
@@ -252,6 +252,8 @@ class Progress:
 def _end_process(raised: threading.ExceptHookArgs) -> None:
     """A thread that dies (renewal, watch) leaves a worker that only looks alive: end it, and its request runs again."""
     error: BaseException | None = raised.exc_value
-    log.critical("thread died", extra={"thread": getattr(raised.thread, "name", ""), "error": place(error) if error else ""})
+    log.critical(
+        "thread died", extra={"thread": getattr(raised.thread, "name", ""), "error": place(error) if error else ""}
+    )
     sys.stderr.flush()
     os._exit(1)

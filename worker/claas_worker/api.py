@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import kubernetes.client
 import kubernetes.config
 import urllib3
-from kubernetes.client import ApiException
-
 from claas_crds import names
 from claas_crds.reasons import Outcome, Reason, describe
 from claas_crds.request import Claim, Progress, Result
+from kubernetes.client import ApiException
+
 from claas_worker.job import PHASES, Bound, now
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,9 @@ def retrying(what: str, call: Callable[[], Answer], limit_seconds: float, stop: 
             pause = backoff_seconds(tries, error)
             problem = f"HTTP {error.status}" if isinstance(error, ApiException) else type(error).__name__
             if monotonic() + pause > end or stop.is_set():
-                raise Unreachable(f"{what}: {problem}, given up after {tries} tries in {limit_seconds:.0f} s") from error
+                raise Unreachable(
+                    f"{what}: {problem}, given up after {tries} tries in {limit_seconds:.0f} s"
+                ) from error
             log.warning("api call failed", extra={"what": what, "problem": problem, "tries": tries})
         stop.wait(pause)
 
@@ -119,13 +121,13 @@ class Requests:
         self._namespace = namespace
         self._api = kubernetes.client.CustomObjectsApi(client)
 
-    def list(self) -> tuple[list[Bound], str]:
+    def bound(self) -> tuple[list[Bound], str]:
         """What is bound now, and the resourceVersion to watch from."""
         answer = self._select(_request_timeout=CALL_SECONDS)
         return [Bound.of(item) for item in answer["items"]], answer["metadata"]["resourceVersion"]
 
     def watch(self, resource_version: str) -> Iterator[tuple[str, Bound | None]]:
-        """Changes since then until the server ends the watch: resourceVersions, with the request where one is bound here.
+        """Changes until the server ends the watch: resourceVersions, each with the request where one is bound here.
 
         Raises:
             Gone: the resourceVersion is too old.
@@ -159,9 +161,7 @@ class Requests:
         """
 
         def call() -> Any:
-            return self._api.get_namespaced_custom_object(
-                *_place(request), request.name, _request_timeout=CALL_SECONDS
-            )
+            return self._api.get_namespaced_custom_object(*_place(request), request.name, _request_timeout=CALL_SECONDS)
 
         try:
             live = Bound.of(retrying("get request", call, CLAIM_LIMIT_SECONDS))
@@ -193,7 +193,11 @@ class Requests:
             patch = [
                 {"op": "test", "path": "/metadata/resourceVersion", "value": request.resource_version},
                 *self._tests(request),
-                {"op": "add", "path": "/status/claim", "value": _json(Claim(worker=self.worker, attempt=attempt, at=at))},
+                {
+                    "op": "add",
+                    "path": "/status/claim",
+                    "value": _json(Claim(worker=self.worker, attempt=attempt, at=at)),
+                },
                 {"op": "add", "path": "/status/progress", "value": _json(Progress(phase=PHASES[0], at=at))},
             ]
             try:
@@ -213,7 +217,9 @@ class Requests:
     def progress(self, request: Bound, phase: str) -> None:
         """Writes status.progress; one try, and what fails is the caller's to ignore."""
         progress = Progress(phase=phase, at=now())
-        self._patch(request, [*self._tests(request), {"op": "add", "path": "/status/progress", "value": _json(progress)}])
+        self._patch(
+            request, [*self._tests(request), {"op": "add", "path": "/status/progress", "value": _json(progress)}]
+        )
 
     def report(self, request: Bound, result: Result) -> None:
         """Writes status.result.

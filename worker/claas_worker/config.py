@@ -1,4 +1,4 @@
-"""What a worker is told: flags, each with an environment variable as its default, as the chart and the operator set them.
+"""What a worker is told: flags, whose defaults are environment variables that the chart and the operator set.
 
 Imports nothing heavy: the agent shows its Lease before it loads torch.
 """
@@ -130,11 +130,37 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
 def _step_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the step")
     _flag(group, "--model-path", "CLAAS_MODEL_PATH", "", "DIR", "base model: a Hugging Face folder with safetensors")
-    _flag(group, "--base-model", names.ENV_BASE_MODEL, "", "ID", "its id, as adapters name it, e.g. Qwen/Qwen2.5-Coder-3B")
+    _flag(
+        group, "--base-model", names.ENV_BASE_MODEL, "", "ID", "its id, as adapters name it, e.g. Qwen/Qwen2.5-Coder-3B"
+    )
     _flag(group, "--teacher-url", "CLAAS_TEACHER_URL", "", "URL", "teacher of mode Server, http://HOST:PORT")
-    _flag(group, "--device", "CLAAS_DEVICE", "auto", "auto|cpu|cuda", "where the student runs", choices=("auto", "cpu", "cuda"))
-    _flag(group, "--threads", "CLAAS_THREADS", "0", "N", "CPU threads of torch; 0: torch's choice (OMP_NUM_THREADS)", _count)
-    _flag(group, "--max-prompt-tokens", "CLAAS_MAX_PROMPT_TOKENS", "4096", "N", "longest context before a response", _positive)
+    _flag(
+        group,
+        "--device",
+        "CLAAS_DEVICE",
+        "auto",
+        "auto|cpu|cuda",
+        "where the student runs",
+        choices=("auto", "cpu", "cuda"),
+    )
+    _flag(
+        group,
+        "--threads",
+        "CLAAS_THREADS",
+        "0",
+        "N",
+        "CPU threads of torch; 0: torch's choice (OMP_NUM_THREADS)",
+        _count,
+    )
+    _flag(
+        group,
+        "--max-prompt-tokens",
+        "CLAAS_MAX_PROMPT_TOKENS",
+        "4096",
+        "N",
+        "longest context before a response",
+        _positive,
+    )
     _flag(group, "--max-response-tokens", "CLAAS_MAX_RESPONSE_TOKENS", "4096", "N", "longest response", _positive)
     _flag(
         *(group, "--micro-batch-tokens", "CLAAS_MICRO_BATCH_TOKENS", "4096", "N"),
@@ -148,11 +174,26 @@ def _agent_flags(parser: argparse.ArgumentParser) -> None:
     _flag(group, "--pod-name", names.ENV_POD_NAME, "", "NAME", "this Pod: requests with this status.worker are ours")
     _flag(group, "--pod-namespace", names.ENV_POD_NAMESPACE, "", "NS", "its namespace, where its Lease lies")
     _flag(group, "--pod-uid", names.ENV_POD_UID, "", "UID", "its uid: owner and holder of the Lease")
-    _flag(group, "--watch-namespace", names.ENV_WATCH_NAMESPACE, "", "NS", "watch this namespace's requests only; empty: all")
+    _flag(
+        group,
+        "--watch-namespace",
+        names.ENV_WATCH_NAMESPACE,
+        "",
+        "NS",
+        "watch this namespace's requests only; empty: all",
+    )
     _flag(group, "--pool", names.ENV_POOL, "", "NAME", "its pool, a label of the Lease")
     _flag(group, "--instance", names.ENV_INSTANCE, "", "NAME", "its Helm release, a label of the Lease")
     _flag(group, "--linger-seconds", names.ENV_LINGER_SECONDS, "300", "S", "end after being idle for so long", _seconds)
-    _flag(group, "--max-requests", names.ENV_MAX_REQUESTS, "1000", "N", "end after so many requests; with 1: one Job each", _positive)
+    _flag(
+        group,
+        "--max-requests",
+        names.ENV_MAX_REQUESTS,
+        "1000",
+        "N",
+        "end after so many requests; with 1: one Job each",
+        _positive,
+    )
     _flag(
         *(group, "--first-request-seconds", "CLAAS_FIRST_REQUEST_SECONDS", "60", "S"),
         "patience for the first request, where --linger-seconds is shorter",
@@ -161,7 +202,14 @@ def _agent_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _flag(
-    group: Any, flag: str, variable: str, default: str, metavar: str, text: str, kind: Callable[[str], Any] = str, **more: Any
+    group: Any,
+    flag: str,
+    variable: str,
+    default: str,
+    metavar: str,
+    text: str,
+    kind: Callable[[str], Any] = str,
+    **more: Any,
 ) -> None:
     """A flag whose default is the environment variable; argparse parses that default like a given value."""
     value = os.environ.get(variable) or default

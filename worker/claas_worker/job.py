@@ -1,4 +1,4 @@
-"""One attempt at one request, as the step sees it; and what becomes of an attempt that raised. No Kubernetes, no torch."""
+"""One attempt at one request, as the step sees it, and its end when it raised. No Kubernetes, no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from claas_crds.model import explain, refusal
 from claas_crds.reasons import Outcome, Reason, describe
 from claas_crds.request import DistillRequestSpec, DistillRequestStatus, Parent, Result
+from pydantic import ValidationError
 
 Report = Callable[[str], None]  # told the phase: one of PHASES
 PHASES = ("Loading", "Scoring", "Stepping", "Saving")

@@ -17,9 +17,9 @@ from typing import Any
 
 import kubernetes.client
 import urllib3
+from claas_crds import names
 from kubernetes.client import ApiException
 
-from claas_crds import names
 from claas_worker.api import CALL_SECONDS, Unreachable, retrying
 from claas_worker.config import AgentSettings
 from claas_worker.job import now
@@ -108,10 +108,12 @@ class WorkerLease:
                 last = monotonic()
             except (ApiException, Unreachable, urllib3.exceptions.HTTPError, OSError) as error:
                 problem = f"HTTP {error.status}" if isinstance(error, ApiException) else type(error).__name__
-                log.warning("lease not renewed", extra={"problem": problem, "for_seconds": round(monotonic() - last, 1)})
+                log.warning(
+                    "lease not renewed", extra={"problem": problem, "for_seconds": round(monotonic() - last, 1)}
+                )
 
     def _put(self) -> None:
-        """Writes the Lease as it should be; the lock is held. One try, but for a resourceVersion that was out of date."""
+        """Writes the Lease as it should be; the lock is held. One try, but for an outdated resourceVersion."""
         for _ in range(3):
             try:
                 if not self._resource_version:

@@ -7,6 +7,7 @@ rate is the request's, never the state's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,46 +49,34 @@ class AdapterOptimizer:
             self._restore(state)
             self.origin = "resumed"
 
-    def grad_norm(self) -> float:
-        """L2 norm of all gradients together, in float64, so that it cannot overflow before they do.
-
-        Raises:
-            NonFiniteGrad: a gradient is missing or not finite.
-        """
-        total = torch.zeros((), dtype=torch.float64)
-        for key, parameter in self._parameters.items():
-            if parameter.grad is None:
-                raise NonFiniteGrad(f"{key} has no gradient")
-            total = total + parameter.grad.double().square().sum().cpu()
-        norm = float(total.sqrt())
-        if not np.isfinite(norm):
-            raise NonFiniteGrad("a gradient of the adapter is not finite: nothing was saved")
-        return norm
-
-    def update(self, learning_rate: float, max_grad_norm: float) -> tuple[float, float]:
-        """One step with the gradients that are there, which it clears; gives (grad norm before clipping, update norm).
+    def update(self, learning_rate: float, max_grad_norm: float) -> float:
+        """One step with the gradients that are there, which it clears; gives their L2 norm before clipping.
 
         Raises:
             NonFiniteGrad, NonFiniteWeights: nothing may be saved.
         """
-        norm = self.grad_norm()
+        gradients = {key: parameter.grad for key, parameter in self._parameters.items()}
+        present = {key: gradient for key, gradient in gradients.items() if gradient is not None}
+        if len(present) < len(gradients):
+            raise NonFiniteGrad(f"{next(iter(gradients.keys() - present.keys()))} has no gradient")
+        # In float64, where squares of finite fp32 values cannot overflow.
+        norm = float(torch.stack([gradient.double().square().sum() for gradient in present.values()]).sum().sqrt())
+        if not math.isfinite(norm):
+            raise NonFiniteGrad("a gradient of the adapter is not finite: nothing was saved")
         if norm > max_grad_norm:
-            for parameter in self._parameters.values():
-                assert parameter.grad is not None
-                parameter.grad.mul_(max_grad_norm / norm)
-        before = [parameter.detach().clone() for parameter in self._parameters.values()]
+            for gradient in present.values():
+                gradient.mul_(max_grad_norm / norm)
         self.learning_rate = learning_rate * min(1.0, (self.step + 1) / WARM_UP_STEPS)
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        change = torch.zeros((), dtype=torch.float64)
-        for old, (key, parameter) in zip(before, self._parameters.items(), strict=True):
-            if not bool(parameter.isfinite().all()):
-                raise NonFiniteWeights(f"the step made {key} not finite: nothing was saved; lower training.learningRate")
-            change = change + (parameter.detach().double() - old.double()).square().sum().cpu()
-        return norm, float(change.sqrt())
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self._parameters.values()]).tolist()
+        if not all(finite):
+            key = list(self._parameters)[finite.index(False)]
+            raise NonFiniteWeights(f"the step made {key} not finite: nothing was saved; lower training.learningRate")
+        return norm
 
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """What the next request resumes from, by name, copied. Shapes and targets are those of the arrays."""

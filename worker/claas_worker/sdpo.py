@@ -182,7 +182,7 @@ def anchor_kl(
 def logprobs_from_hidden(
     hidden: Tensor, lm_head_weight: Tensor, ids: Tensor, *, chunk_rows: int = CHUNK_ROWS
 ) -> Tensor:
-    """log p of chosen ids, without gradient: ids (N,) or (N, K) -> the same shape; hidden (N, d), lm_head_weight (V, d).
+    """log p of chosen ids (N,) or (N, K), in their shape, without gradient. hidden (N, d), lm_head_weight (V, d).
 
     Takes the snapshot of log mu before the first of several inner steps, and scores a support as teacher in mode Self.
     """

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from claas_teacher.fingerprint import fingerprint
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from claas_teacher.fingerprint import fingerprint
 from claas_worker.errors import AdapterInvalid
 
 log = logging.getLogger(__name__)
@@ -30,13 +30,18 @@ PREFIX = "base_model.model."  # of every key in PEFT's adapter_model.safetensors
 NAME = "default"  # PEFT's name of the adapter inside the model; it is not part of the keys
 
 # Fields of adapter_config.json that shape the adapter; and those that change neither its forward pass nor its gradient.
-USED_FIELDS = frozenset(
-    "r lora_alpha target_modules exclude_modules rank_pattern alpha_pattern use_rslora layers_to_transform layers_pattern".split()
-)
-FREE_FIELDS = frozenset(
-    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout "
-    "init_lora_weights fan_in_fan_out".split()
-)
+USED_FIELDS = frozenset({"r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"}) | {
+    "use_rslora",
+    "layers_to_transform",
+    "layers_pattern",
+}
+FREE_FIELDS = frozenset({"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"}) | {
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "init_lora_weights",
+    "fan_in_fan_out",
+}
 # Initializations that leave the base as it is. PiSSA, OLoRA, LoftQ ... store adapters of a changed base.
 PLAIN_INITIALIZATIONS = frozenset({True, False, None, "gaussian", "eva", "orthogonal"})
 
@@ -54,7 +59,7 @@ class Context(NamedTuple):
 
 
 class Adapter:
-    """A LoRA adapter in the model: fp32 parameters by their keys in adapter_model.safetensors, and what describes them."""
+    """A LoRA adapter in the model: its fp32 parameters by their keys in adapter_model.safetensors."""
 
     def __init__(self, config: Mapping[str, Any], parameters: dict[str, nn.Parameter], layers: list[LoraLayer]) -> None:
         self.config = dict(config)
@@ -101,7 +106,7 @@ class Student:
     def load(
         cls, path: Path, *, base_model: str = "", device: str = "auto", threads: int = 0, micro_batch_tokens: int = 4096
     ) -> Student:
-        """Reads a Hugging Face folder of safetensors: fp32 on the CPU, bf16 on a GPU. No network, no code of the folder's.
+        """Reads a Hugging Face folder of safetensors: fp32 on the CPU, bf16 on a GPU. No network, no remote code.
 
         Raises:
             OSError, ValueError: no such folder, or no causal language model in it.
@@ -134,10 +139,12 @@ class Student:
             logits = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0]
             ours = hidden @ self.head.T
         if not torch.allclose(ours.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
-            raise ValueError(f"{type(self.model).__name__} scales or caps its logits: such models cannot be trained here")
+            raise ValueError(
+                f"{type(self.model).__name__} scales or caps its logits: such models cannot be trained here"
+            )
 
     def micro_batches(self, contexts: Sequence[Context]) -> list[list[int]]:
-        """Indices of the contexts, in order, in groups that fit one forward pass. Gradients do not depend on the groups."""
+        """Indices of the contexts in groups that fit one forward pass each. Gradients do not depend on the groups."""
         groups: list[list[int]] = []
         longest = 0
         for index, context in enumerate(contexts):
@@ -190,7 +197,9 @@ class Student:
         finally:
             self._restore()
 
-    def _inject(self, lora: LoraConfig, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray[Any, Any]]) -> Adapter:
+    def _inject(
+        self, lora: LoraConfig, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray[Any, Any]]
+    ) -> Adapter:
         try:
             # The weights are born without memory, on the meta device, and replaced below: no random initialization.
             inject_adapter_in_model(lora, self.model, NAME, low_cpu_mem_usage=True)
@@ -210,7 +219,9 @@ class Student:
             raise AdapterInvalid(f"adapter_model.safetensors lacks {missing[0]} (and {len(missing) - 1} more keys)")
         if unexpected:
             count = len(unexpected) - 1
-            raise AdapterInvalid(f"adapter_model.safetensors holds {unexpected[0]} (and {count} more keys) for no target")
+            raise AdapterInvalid(
+                f"adapter_model.safetensors holds {unexpected[0]} (and {count} more keys) for no target"
+            )
         parameters: dict[str, nn.Parameter] = {}
         for key in sorted(places):
             layer, side = places[key]
@@ -247,11 +258,15 @@ def lora_config(config: Mapping[str, Any], base_model: str = "") -> LoraConfig:
         AdapterInvalid: no LoRA, of another base model, or with a feature that changes more than plain A and B matrices.
     """
     if config.get("peft_type") != "LORA":
-        raise AdapterInvalid(f"adapter_config.json: peft_type is {config.get('peft_type')!r}, only LORA is trained here")
+        raise AdapterInvalid(
+            f"adapter_config.json: peft_type is {config.get('peft_type')!r}, only LORA is trained here"
+        )
     if (base := config.get("base_model_name_or_path")) and base_model and base != base_model:
         raise AdapterInvalid(f"the adapter belongs to the base model {base}, this worker holds {base_model}")
     if (initial := config.get("init_lora_weights")) not in PLAIN_INITIALIZATIONS:
-        raise AdapterInvalid(f"adapter_config.json: init_lora_weights {initial!r} changes the base model: convert it first")
+        raise AdapterInvalid(
+            f"adapter_config.json: init_lora_weights {initial!r} changes the base model: convert it first"
+        )
     defaults = LoraConfig().to_dict()
     for field, value in config.items():
         if field not in USED_FIELDS | FREE_FIELDS and value and value != defaults.get(field):

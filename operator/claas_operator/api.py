@@ -1,0 +1,142 @@
+"""The API server, as raw JSON over `kubernetes.aio`: five verbs, each with a time-out. Decides nothing, retries nothing.
+
+Raw objects instead of the client's models: parsing is lenient and ours (`snapshot`), and a merge patch must carry null
+to remove a field, which the models drop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
+from typing import Any, Final
+
+import aiohttp
+from kubernetes.aio import client, config
+from kubernetes.aio.client.exceptions import ApiException
+
+from claas_crds import names
+from claas_operator.snapshot import Kind
+
+CALL_SECONDS: Final = 10.0
+PAGE: Final = 500
+# What a call raises when it did not succeed: the API server's answer, or no answer at all.
+FAILURES: Final = (ApiException, aiohttp.ClientError, TimeoutError, OSError)
+
+_COLLECTIONS: Final[Mapping[Kind, tuple[str, str]]] = {
+    Kind.REQUEST: (f"/apis/{names.API_VERSION}", names.REQUEST_PLURAL),
+    Kind.ADAPTER: (f"/apis/{names.API_VERSION}", names.ADAPTER_PLURAL),
+    Kind.JOB: ("/apis/batch/v1", "jobs"),
+    Kind.POD: ("/api/v1", "pods"),
+    Kind.LEASE: ("/apis/coordination.k8s.io/v1", "leases"),
+}
+_METADATA: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+
+Object = dict[str, Any]
+
+
+class Api:
+    """A connection to the API server; `close` it."""
+
+    def __init__(self, configuration: client.Configuration) -> None:
+        self._client = client.ApiClient(configuration)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.close()
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
+        """The object as it is now; None when there is none."""
+        return await self.get_path(self.path(kind, namespace, name))
+
+    async def get_path(self, path: str) -> Object | None:
+        """What lies at `path` now; None when there is nothing."""
+        try:
+            return await self._call("GET", path)
+        except ApiException as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+
+    async def list(self, kind: Kind, selector: str = "", *, metadata_only: bool = False) -> AsyncIterator[Object]:
+        """Every object of the kind in all namespaces, page by page; with their metadata alone where that will do."""
+        base, plural = _COLLECTIONS[kind]
+        query = {"limit": str(PAGE)} | ({"labelSelector": selector} if selector else {})
+        headers = {"Accept": _METADATA} if metadata_only else {}
+        while True:
+            page = await self._call("GET", f"{base}/{plural}", query=query, headers=headers)
+            for item in page.get("items", []):
+                yield item
+            following = page.get("metadata", {}).get("continue")
+            if not following:
+                return
+            query["continue"] = following
+
+    async def create(self, path: str, body: Object) -> Object:
+        """Creates an object in the collection at `path`."""
+        return await self._call("POST", path, body=body)
+
+    async def patch_status(self, kind: Kind, namespace: str, name: str, version: int, status: Object) -> Object:
+        """Merges `status` in, if the object still has the resourceVersion `version` (else ApiException 409)."""
+        body = {"metadata": {"resourceVersion": str(version)}, "status": status}
+        return await self.merge(f"{self.path(kind, namespace, name)}/status", body)
+
+    async def merge(self, path: str, body: Object) -> Object:
+        """A JSON merge patch (RFC 7386)."""
+        headers = {"Content-Type": "application/merge-patch+json"}
+        return await self._call("PATCH", path, body=body, headers=headers)
+
+    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str, grace_seconds: int | None = None) -> None:
+        """Deletes this very object (ApiException 409 when the name is another's by now)."""
+        options: Object = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
+        if grace_seconds is not None:
+            options["gracePeriodSeconds"] = grace_seconds
+        await self._call("DELETE", self.path(kind, namespace, name), body=options)
+
+    def path(self, kind: Kind, namespace: str, name: str = "") -> str:
+        """Path of an object, or of its collection in a namespace."""
+        base, plural = _COLLECTIONS[kind]
+        return f"{base}/namespaces/{namespace}/{plural}" + (f"/{name}" if name else "")
+
+    async def _call(
+        self,
+        verb: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Object:
+        answer = await self._client.call_api(
+            path,
+            verb,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": "application/json", "Content-Type": "application/json", **(headers or {})},
+            body=body,
+            response_types_map={200: "object", 201: "object", 202: "object"},
+            auth_settings=["BearerToken"],
+            _return_http_data_only=True,
+            _request_timeout=CALL_SECONDS,
+        )
+        return answer if isinstance(answer, dict) else {}
+
+
+async def connect() -> Api:
+    """A connection as the Pod's service account, or by KUBECONFIG (or ~/.kube/config) outside a cluster.
+
+    Raises:
+        kubernetes.aio.config.ConfigException: neither is there.
+    """
+    configuration = client.Configuration()
+    if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
+        config.load_incluster_config(client_configuration=configuration)
+    else:
+        await config.load_kube_config(client_configuration=configuration)
+    return Api(configuration)
+
+
+def describe(error: BaseException) -> str:
+    """An error for the log. Never the API server's text: it may quote the object, hence a user's."""
+    if isinstance(error, ApiException):
+        return f"HTTP {error.status} {error.reason}"
+    return type(error).__name__

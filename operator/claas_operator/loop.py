@@ -1,0 +1,295 @@
+"""The loop: events -> snapshot -> a wake-up -> `plan` -> `apply`. Level-triggered: a lost wake-up costs time, never truth.
+
+One plan at a time; its actions run side by side, one per object. While an action is applied, `plan` sees it in
+`snapshot.in_flight` and leaves its object alone. The next plan is made when something was heard, an action ended, or
+the time came that the last plan named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from kubernetes.aio.client.exceptions import ApiException
+
+from claas_crds import names
+from claas_operator.actions import Action, Bind, Commit, End, Fence, Lock
+from claas_operator.api import FAILURES, Api, describe
+from claas_operator.apply import Apply, Lost
+from claas_operator.leader import Leader
+from claas_operator.plan import plan
+from claas_operator.settings import Settings
+from claas_operator.snapshot import Kind, Snapshot
+from claas_operator.teacher import TeacherProbe
+
+log = logging.getLogger(__name__)
+
+# More writes at once than this only queue up in the API server.
+MAX_IN_FLIGHT: Final = 64
+# A write that failed is tried again after this, doubled each time.
+COOL_BASE_SECONDS: Final = 0.2
+COOL_CAP_SECONDS: Final = 30.0
+# Planning again and again takes at most about this share of the time; under load, events are taken several at once.
+PLAN_SHARE: Final = 0.5
+# At the start, the objects that we know to exist are given this long to arrive by the watch before they are fetched.
+ARRIVAL_SECONDS: Final = 20.0
+
+
+@dataclass
+class _Cooling:
+    failures: int
+    until: float  # loop time
+
+
+class Loop:
+    """Everything that runs in the operator besides kopf's watches."""
+
+    def __init__(self, settings: Settings, api: Api) -> None:
+        self.settings, self.snapshot = settings, Snapshot()
+        self._api = api
+        self._wake, self._look = asyncio.Event(), asyncio.Event()
+        self._relist_now = asyncio.Event()
+        self._synced = False  # whether the snapshot is known to be whole, since we lead
+        self._cooling: dict[str, _Cooling] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._beat = 0.0
+        self.leader = Leader(api, settings, self._leadership_changed)
+        self._apply = Apply(api, self.snapshot, settings, self._acting)
+        self._probe = TeacherProbe(settings.teacher) if settings.teacher else None
+
+    def observe(self, kind: Kind, event: Mapping[str, Any]) -> None:
+        """An event of a watch: an object as it is now, or its deletion."""
+        now, raw = datetime.now(UTC), event["object"]
+        uid = str(raw.get("metadata", {}).get("uid", ""))
+        if event.get("type") == "DELETED":
+            self.snapshot.remove(kind, uid, now)
+        else:
+            self.snapshot.put(kind, raw, now)
+            if problem := self.snapshot.broken.get(uid):
+                log.warning("object cannot be read", extra={"kind": kind.value, "uid": uid, "problem": problem})
+        self._wake.set()
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long ago the loop last came round; it does so at least once per relist."""
+        return asyncio.get_running_loop().time() - self._beat
+
+    async def run(self) -> None:
+        """Runs until cancelled; whatever else ends it is a bug, and ends the process."""
+        self._beat = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.leader.run(), name="leader")
+                group.create_task(self._relists(), name="relists")
+                group.create_task(self._turns(), name="turns")
+                if self._probe:
+                    group.create_task(self._looks(self._probe), name="teacher")
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            if self._probe:
+                await self._probe.close()
+
+    # Leadership
+
+    def _acting(self) -> bool:
+        return self.leader.leading() and self._synced
+
+    def _leadership_changed(self) -> None:
+        if self.leader.contact_since is not None:
+            self.snapshot.contact_since = self.leader.contact_since
+        if not self.leader.leading():
+            self._synced = False
+            for task in self._tasks.values():
+                task.cancel()
+        self._relist_now.set()
+        self._wake.set()
+
+    # Plan and apply
+
+    async def _turns(self) -> None:
+        loop = asyncio.get_running_loop()
+        timeout: float | None = None
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._wake.wait()
+            self._wake.clear()
+            self._beat = started = loop.time()
+            timeout = self.settings.timings.relist_seconds
+            if not self._acting():
+                continue
+            made = plan(self.snapshot, self.settings, datetime.now(UTC))
+            if made.teacher_wanted:
+                self._look.set()
+            else:
+                self._look.clear()
+            for action in made.actions:
+                if len(self._tasks) >= MAX_IN_FLIGHT:
+                    break  # the first of them to end wakes us
+                cooling = self._cooling.get(action.key)
+                if cooling and cooling.until > started:
+                    timeout = min(timeout, cooling.until - started)
+                elif action.key not in self._tasks:
+                    self._start(action)
+            if made.wake_at is not None:
+                timeout = min(timeout, max(0.0, (made.wake_at - datetime.now(UTC)).total_seconds()))
+            spent = loop.time() - started
+            await asyncio.sleep(spent / PLAN_SHARE - spent)
+
+    def _start(self, action: Action) -> None:
+        self.snapshot.in_flight[action.key] = action
+        task = asyncio.create_task(self._do(action), name=f"{type(action).__name__} {action.about}")
+        self._tasks[action.key] = task
+        task.add_done_callback(lambda done: self._done(action, done))
+
+    async def _do(self, action: Action) -> None:
+        what = {"action": type(action).__name__, "object": action.about}
+        try:
+            await self._apply(action)
+        except Lost as lost:
+            log.info("lost", extra=what | {"why": str(lost)})
+            self._cool(action, at_once=True)
+        except FAILURES as error:
+            log.warning("failed", extra=what | {"error": describe(error)})
+            self._cool(action, after=_retry_after(error))
+        else:
+            self._cooling.pop(action.key, None)
+            log.info("done", extra=what | _details(action))
+
+    def _cool(self, action: Action, *, at_once: bool = False, after: float = 0.0) -> None:
+        """Not the same object again at once: a first loss may be decided anew, for the snapshot has learnt from it."""
+        before = self._cooling.get(action.key)
+        failures = before.failures + 1 if before else 1
+        wait = 0.0 if at_once and failures == 1 else min(COOL_CAP_SECONDS, COOL_BASE_SECONDS * 2.0 ** (failures - 1))
+        self._cooling[action.key] = _Cooling(failures, asyncio.get_running_loop().time() + max(wait, after))
+
+    def _done(self, action: Action, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(action.key, None)
+        self.snapshot.in_flight.pop(action.key, None)
+        self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("action failed unexpectedly", exc_info=error, extra={"object": action.about})
+            self._cool(action)
+
+    # Relists
+
+    async def _relists(self) -> None:
+        """Compares uids with the API server's, when leadership is won and then once in a while."""
+        failures = 0
+        while True:
+            try:
+                await self._relist()
+            except FAILURES as error:
+                failures += 1
+                log.warning("relist failed", extra={"error": describe(error)})
+                await asyncio.sleep(min(COOL_CAP_SECONDS, COOL_BASE_SECONDS * 2.0**failures))
+                continue
+            failures = 0
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.timings.relist_seconds):
+                    await self._relist_now.wait()
+            self._relist_now.clear()
+
+    async def _relist(self) -> None:
+        """Afterwards the snapshot holds every object that existed at the start, and none that was deleted by then."""
+        leading = self.leader.leading()
+        await self._find_owner()
+        missing: list[tuple[Kind, str, str, str]] = []
+        for kind in Kind:
+            known = set(self.snapshot.table(kind)) | set(self.snapshot.broken)
+            listed: set[str] = set()
+            async for item in self._api.list(kind, selectors(self.settings).get(kind, ""), metadata_only=True):
+                metadata = item["metadata"]
+                listed.add(metadata["uid"])
+                if metadata["uid"] not in known:
+                    missing.append((kind, metadata["uid"], metadata["namespace"], metadata["name"]))
+            # Known before the list began and not in it: deleted, and the news was lost. A uid never comes back.
+            for uid in (known & set(self.snapshot.table(kind))) - listed:
+                self.snapshot.remove(kind, uid, datetime.now(UTC))
+        await self._arrive(missing)
+        self.snapshot.sweep(datetime.now(UTC))
+        if leading and self.leader.leading() and not self._synced:
+            self._synced = True
+            log.info("synced", extra={kind.value: len(self.snapshot.table(kind)) for kind in Kind})
+        self._wake.set()
+
+    async def _arrive(self, missing: list[tuple[Kind, str, str, str]]) -> None:
+        """What exists comes by the watches, in a moment or, ten thousand of them, in seconds; what does not is fetched."""
+        end = asyncio.get_running_loop().time() + ARRIVAL_SECONDS
+
+        def rest() -> list[tuple[Kind, str, str, str]]:
+            here, tables = self.snapshot, {kind: self.snapshot.table(kind) for kind in Kind}
+            return [m for m in missing if not (m[1] in tables[m[0]] or m[1] in here.gone or m[1] in here.broken)]
+
+        before = len(missing) + 1
+        while (missing := rest()) and len(missing) < before and asyncio.get_running_loop().time() < end:
+            before = len(missing)
+            await asyncio.sleep(0.5)
+        for kind, _, namespace, name in missing:
+            raw = await self._api.get(kind, namespace, name)
+            if raw is not None:
+                self.snapshot.put(kind, raw, datetime.now(UTC))
+
+    async def _find_owner(self) -> None:
+        if self.settings.owner is None or self.snapshot.owner_uid is not None:
+            return
+        path = f"/apis/apps/v1/namespaces/{self.settings.namespace}/deployments/{self.settings.owner.deployment}"
+        raw = await self._api.get_path(path)
+        if raw is None:
+            log.warning("owner not found: Jobs will have none", extra={"deployment": self.settings.owner.deployment})
+        else:
+            self.snapshot.owner_uid = raw["metadata"]["uid"]
+
+    # The teacher
+
+    async def _looks(self, probe: TeacherProbe) -> None:
+        """Looks once per probe period, as long as the plans say that somebody needs the teacher."""
+        while True:
+            await self._look.wait()
+            health = await probe.look()
+            before = self.snapshot.teacher
+            self.snapshot.teacher = health
+            if before is None or before.ready != health.ready:
+                log.info("teacher", extra={"ready": health.ready, "found": health.message})
+            self._wake.set()
+            await asyncio.sleep(self.settings.timings.teacher_probe_seconds)
+
+
+def selectors(settings: Settings) -> dict[Kind, str]:
+    """Label selectors of the kinds that are not ours alone, for watches and lists."""
+    instance = f"{names.INSTANCE_LABEL}={settings.instance}"
+    both = f"{instance},{names.COMPONENT_LABEL} in ({names.COMPONENT_WORKER},{names.COMPONENT_OPERATION})"
+    worker = f"{instance},{names.COMPONENT_LABEL}={names.COMPONENT_WORKER}"
+    return {Kind.JOB: both, Kind.POD: both, Kind.LEASE: worker}
+
+
+def _retry_after(error: BaseException) -> float:
+    """What the API server asked for (429, 503), in seconds."""
+    headers = error.headers if isinstance(error, ApiException) else None
+    value = headers.get("Retry-After", "") if headers else ""
+    return min(COOL_CAP_SECONDS, float(value)) if value.isdigit() else 0.0
+
+
+def _details(action: Action) -> dict[str, Any]:
+    """What is worth a place in the log line of a decision, besides its object."""
+    match action:
+        case Bind():
+            return {"worker": action.worker, "attempt": action.attempt, "uid": action.request.uid}
+        case Lock():
+            return {"request": action.request.name, "uid": action.request.uid}
+        case Commit():
+            heir = action.heir.name if action.heir else ""
+            return {"request": action.request.name, "uid": action.request.uid, "heir": heir}
+        case End():
+            return {"reason": action.reason, "uid": action.request.uid}
+        case Fence():
+            return {"fault": action.fault.value}
+        case _:
+            return {}

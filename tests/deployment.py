@@ -1,0 +1,195 @@
+"""The chart in a cluster, as `make demo` and the end-to-end tests have it: images, volumes, `helm install`, readiness.
+
+Two kinds of cluster. Our own (`cluster`): slim images are imported on its nodes, and the Python packages, the small
+model and SeaweedFS' data are folders of this machine, mounted as `local` volumes. A given one (KUBECONFIG): full images
+come from REGISTRY (`make push REGISTRY=…`), the model from the hub, volumes from the default storage class.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import bootstrap
+import images
+import models
+from cluster import nodes, programs
+from cluster.nodes import Cluster
+from kubectl import CommandFailed, Kubectl, Object
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMESPACE = "claas-system"
+RELEASE = "claas"
+USER = "user123"
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TEACHER_SECONDS = 600
+ENGINE_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """An installed release."""
+
+    kubectl: Kubectl
+    given: bool
+
+    @contextlib.contextmanager
+    def store(self) -> Iterator[None]:
+        """The release's object store, reachable from here by `claas_store` inside the block."""
+        secret = self.kubectl.get("secret", f"{RELEASE}-storage", "-n", NAMESPACE)["data"]
+        with self.kubectl.forwarded(f"{RELEASE}-seaweedfs", 8333, namespace=NAMESPACE) as port:
+            settings = {name: base64.b64decode(secret[name]).decode() for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+            settings |= {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}
+            before = {name: os.environ.get(name) for name in settings}
+            os.environ.update(settings)
+            try:
+                yield
+            finally:
+                for name, value in before.items():
+                    if value is None:
+                        del os.environ[name]
+                    else:
+                        os.environ[name] = value
+
+    def logs(self, lines: int = 12) -> str:
+        """The last log lines of every Pod of the release, for an error's end."""
+        parts = [self.kubectl("get", "pod", "-n", NAMESPACE, "-o", "wide")]
+        for pod in self.kubectl.get("pod", "-n", NAMESPACE):
+            name = pod["metadata"]["name"]
+            with contextlib.suppress(CommandFailed):  # it has not started: the table above says so
+                parts.append(f"--- {name}\n" + self.kubectl("logs", name, "-n", NAMESPACE, f"--tail={lines}", "--all-containers"))
+        return "\n".join(parts)
+
+
+def say(message: str) -> None:
+    """Progress, on stderr."""
+    bootstrap.say(message)
+
+
+def reach() -> tuple[Cluster, bool]:
+    """The cluster that KUBECONFIG names, or our own, started or reused; and whether it was given."""
+    if given := os.environ.get("KUBECONFIG"):
+        return Cluster(Path(given), programs.ensure_kubectl(), Path("/nonexistent")), True
+    return nodes.up(), False
+
+
+def install(cluster: Cluster, *, given: bool, overrides: dict[str, Any] | None = None) -> Deployment:
+    """Install or upgrade the release and return when everything that it runs is Ready.
+
+    Raises:
+        CommandFailed, ClusterError: what did not, with the last log lines.
+    """
+    kubectl = Kubectl(cluster.kubeconfig, cluster.tools)
+    kubectl.apply(
+        {"apiVersion": "v1", "kind": "Namespace",
+         "metadata": {"name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}},
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": USER}},
+    )  # fmt: skip
+    values = _given_values() if given else _own_values(kubectl, cluster)
+    deployment = Deployment(kubectl, given)
+    folder = bootstrap.cache_dir() / "values"
+    folder.mkdir(parents=True, exist_ok=True)
+    ours, extra = folder / f"{os.getpid()}-release.yaml", folder / f"{os.getpid()}-extra.yaml"
+    ours.write_text(yaml.safe_dump(values))
+    extra.write_text(yaml.safe_dump(overrides or {}))
+    chart = ROOT / "charts" / "claas"
+    files = [chart / "values-cpu.yaml", *([] if given else [chart / "values-slim.yaml"]), ours, extra]
+    try:
+        say("helm install")
+        kubectl.helm("upgrade", "--install", RELEASE, str(chart), "-n", NAMESPACE, *(f"--values={file}" for file in files))
+        for part, seconds in (("seaweedfs", 120), ("operator", 180), ("teacher", TEACHER_SECONDS)):
+            started = time.monotonic()
+            kubectl("rollout", "status", f"deploy/{RELEASE}-{part}", "-n", NAMESPACE, f"--timeout={seconds}s", seconds=seconds + 30)
+            say(f"{part} is ready after {time.monotonic() - started:.0f} s")
+    except CommandFailed as error:
+        raise CommandFailed(f"{error}\n{deployment.logs()}") from None
+    finally:
+        ours.unlink()
+        extra.unlink()
+    return deployment
+
+
+def uninstall(deployment: Deployment) -> None:
+    """`helm uninstall`, and wait until no Pod of the release is left."""
+    deployment.kubectl.helm("uninstall", RELEASE, "-n", NAMESPACE, "--wait")
+    deployment.kubectl("wait", "pod", "-n", NAMESPACE, "-l", f"app.kubernetes.io/instance={RELEASE}", "--for=delete",
+                       "--timeout=120s", seconds=130)  # fmt: skip
+
+
+def _given_values() -> dict[str, Any]:
+    registry = os.environ.get("REGISTRY")
+    if not registry:
+        sys.exit("KUBECONFIG names a cluster of yours: set REGISTRY too, to where `make push REGISTRY=…` put the images")
+    key = images.sources_key()
+    return {
+        "image": {name: f"{registry.rstrip('/')}/claas-{name}:{key}" for name in images.NAMES},
+        "model": {"id": BASE_MODEL},
+        "teacher": {"model": {"id": BASE_MODEL}, "args": ["--max-model-len=2048"]},
+        "seaweedfs": {"enabled": True},
+    }
+
+
+def _own_values(kubectl: Kubectl, cluster: Cluster) -> dict[str, Any]:
+    built = images.build(slim=True)
+    images.load(built)
+    folder = cluster.state / "volumes"
+    for name in ("student", "teacher", "s3"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        # The kubelet changes a local volume's group at its first writable mount only, so ours are the Pods' from birth.
+        shutil.chown(folder / name, 1000, 1000)
+    kubectl.apply(
+        *_volume("claas-deps", bootstrap.dependencies(), "ReadOnlyMany"),
+        *_volume("demo-source", models.smollm2_dir(), "ReadOnlyMany"),
+        *_volume("demo-student", folder / "student", "ReadWriteMany", ["l40s"]),
+        *_volume("demo-teacher", folder / "teacher", "ReadWriteMany", ["a100"]),
+        *_volume("demo-s3", folder / "s3", "ReadWriteOnce", ["a100"]),
+    )
+    gpu = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"nvidia.com/gpu": 1, "memory": "8Gi"}}
+    source = {"id": BASE_MODEL, "source": "file:///source"}
+    return {
+        "image": {name: image.tag for name, image in built.items()},
+        "model": {**source, "volume": {"existingClaim": "demo-student"}},
+        "teacher": {
+            "model": {**source, "volume": {"existingClaim": "demo-teacher"}},
+            "args": ["--max-model-len=2048"],
+            "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"},
+            "resources": gpu,
+        },
+        "poolDefaults": {"resources": gpu},
+        "pools": [{"name": "l40s", "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L40S"}}],
+        "fetch": {
+            "extraVolumes": [{"name": "source", "persistentVolumeClaim": {"claimName": "demo-source", "readOnly": True}}],
+            "extraVolumeMounts": [{"name": "source", "mountPath": "/source", "readOnly": True}],
+        },
+        "seaweedfs": {"enabled": True, "image": built["worker"].tag, "persistence": {"existingClaim": "demo-s3"}},
+    }
+
+
+def _volume(name: str, path: Path, mode: str, on: list[str] | None = None) -> list[Object]:
+    """A folder of this machine, which the nodes see, as a bound volume and claim."""
+    spec = {"accessModes": [mode], "storageClassName": "", "volumeMode": "Filesystem"}
+    where = {"key": "kubernetes.io/hostname", "operator": "In", "values": on or ["l40s", "a100"]}
+    volume = {
+        "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name},
+        "spec": {
+            **spec, "capacity": {"storage": "20Gi"}, "persistentVolumeReclaimPolicy": "Retain",
+            "local": {"path": str(path.resolve())},
+            "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [where]}]}},
+            "claimRef": {"namespace": NAMESPACE, "name": name},
+        },
+    }  # fmt: skip
+    claim = {
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name, "namespace": NAMESPACE},
+        "spec": {**spec, "volumeName": name, "resources": {"requests": {"storage": "20Gi"}}},
+    }  # fmt: skip
+    return [volume, claim]

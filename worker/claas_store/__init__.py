@@ -1,0 +1,1 @@
+"""Adapter versions in an object store or a folder: read, write, verify, create. Never imports torch."""

@@ -1,0 +1,143 @@
+"""A folder of one machine as an object store: create-if-absent by a hard link, and no way out of its roots.
+
+Every path is walked from its root by directory descriptors without following symbolic links, so a link that is put
+there, or swapped in between a check and its use, leads nowhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from claas_store import uris
+from claas_store.errors import AlreadyExists, NotFound, StorageDenied, StorageUnavailable, StoreError, TooLarge
+from claas_store.limits import MAX_OBJECT_BYTES
+
+_SCRATCH = ".claas-partial-"  # a file in the making; a killed writer leaves it behind, and readers never see it
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+
+
+class FolderStore:
+    """`file://` uris below `roots`; see `claas_store.stores.Store` for the methods.
+
+    Args:
+        roots: absolute paths of existing folders.
+
+    Raises:
+        StorageDenied: a root is not absolute.
+    """
+
+    def __init__(self, roots: Sequence[str]) -> None:
+        for root in roots:
+            if not root.startswith("/"):
+                raise StorageDenied(f"the file root {root!r} is not an absolute path")
+        # The file system's own root has no segments: all of it would be open.
+        self._roots = [uris.parse(f"file://{os.path.normpath(root)}") for root in roots]
+
+    def get(self, uri: str, *, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
+        """See `Store.get`."""
+        with _errors(uri), self._folder(uri) as (folder, name):
+            # Non-blocking: the open of a FIFO would wait for its writer.
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                status = os.fstat(file)
+                if not stat.S_ISREG(status.st_mode):
+                    raise StorageDenied(f"{uri} is not a regular file")
+                if status.st_size > max_bytes:
+                    raise TooLarge(f"{uri} has {status.st_size} bytes, at most {max_bytes} are read")
+                with open(file, "rb", closefd=False) as stream:
+                    return stream.read(max_bytes)
+            finally:
+                os.close(file)
+
+    def put(self, uri: str, data: bytes, *, if_absent: bool = True) -> None:
+        """See `Store.put`."""
+        with _errors(uri), self._folder(uri, create=True) as (folder, name):
+            scratch = f"{_SCRATCH}{uuid.uuid4().hex}"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(scratch, flags, 0o644, dir_fd=folder), "wb") as stream:
+                try:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                    if if_absent:
+                        os.link(scratch, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+                    else:
+                        os.rename(scratch, name, src_dir_fd=folder, dst_dir_fd=folder)
+                except FileExistsError:
+                    raise AlreadyExists(f"{uri} exists") from None
+                finally:
+                    with contextlib.suppress(FileNotFoundError):  # renamed
+                        os.unlink(scratch, dir_fd=folder)
+            os.fsync(folder)
+
+    def delete(self, uri: str) -> None:
+        """See `Store.delete`."""
+        with contextlib.suppress(NotFound), _errors(uri), self._folder(uri) as (folder, name):
+            os.unlink(name, dir_fd=folder)
+
+    def list(self, prefix: str) -> Sequence[tuple[str, int]]:
+        """See `Store.list`. Symbolic links and other special files are no objects."""
+        top = uris.normalise(prefix)
+        found = []
+        with contextlib.suppress(NotFound), _errors(top), self._folder(uris.join(top, "any")) as (folder, _):
+            for path, _, names, descriptor in os.fwalk(".", dir_fd=folder, follow_symlinks=False, onerror=_unless_gone):
+                for name in names:
+                    if name.startswith(_SCRATCH):
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                        status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                        if stat.S_ISREG(status.st_mode):
+                            found.append((top + os.path.normpath(os.path.join(path, name)), status.st_size))
+        return sorted(found)
+
+    @contextlib.contextmanager
+    def _folder(self, uri: str, *, create: bool = False) -> Iterator[tuple[int, str]]:
+        """A descriptor of the folder that holds the object, and the object's name in it."""
+        location = uris.parse(uri)
+        below = [root for root in self._roots if uris.within(uri, [root.folder_uri])]
+        if not below:
+            raise StorageDenied(f"{uri} lies outside the file roots")
+        root = below[0]
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        *parents, name = location.segments[len(root.segments) :]
+        # The root itself is the administrator's and may be a link.
+        with contextlib.ExitStack() as descriptors:
+            try:
+                folder = os.open(Path("/", *root.segments), flags)
+            except OSError as error:
+                raise StorageDenied(f"the file root of {uri} cannot be opened here: {error.strerror}") from None
+            descriptors.callback(os.close, folder)
+            for segment in parents:
+                if create:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(segment, 0o755, dir_fd=folder)
+                        os.fsync(folder)
+                folder = os.open(segment, flags | os.O_NOFOLLOW, dir_fd=folder)
+                descriptors.callback(os.close, folder)
+            yield folder, name
+
+
+def _unless_gone(error: OSError) -> None:
+    if error.errno != errno.ENOENT:
+        raise error
+
+
+@contextlib.contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    """Turns an OSError into the store's own."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except FileNotFoundError:
+        raise NotFound(f"{uri} does not exist") from None
+    except OSError as error:
+        if error.errno in _DENIED:
+            raise StorageDenied(f"{uri}: {error.strerror} (symbolic links are not followed)") from None
+        raise StorageUnavailable(f"{uri}: {error.strerror}") from None

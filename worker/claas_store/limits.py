@@ -1,0 +1,12 @@
+"""Bounds on what is read, checked before the bytes are: a hostile object costs a refusal, not the memory."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_CONFIG_BYTES: Final = 2**20
+MAX_MANIFEST_BYTES: Final = 2**20
+MAX_ADAPTER_BYTES: Final = 4 * 2**30  # rank 512 on every linear layer of a 3B model, in fp32
+MAX_OPTIMIZER_BYTES: Final = 2 * MAX_ADAPTER_BYTES + 2**20  # two moments of every weight, and names
+MAX_OBJECT_BYTES: Final = MAX_OPTIMIZER_BYTES
+MAX_FILES: Final = 16

@@ -1,0 +1,248 @@
+"""An S3 bucket by boto3: conditional puts whose lost answers are not mistaken for another writer, bounded calls.
+
+A put that may be repeated needs care: boto3's own retries would answer 412 to a put whose first try succeeded and whose
+answer was lost. So conditional writes go through a client that never retries; every put carries a random token in its
+object's metadata, and when a 412 follows a try that ended without an answer, the token of what lies there tells ours
+from another's.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import boto3
+from boto3.exceptions import Boto3Error, S3TransferFailedError
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
+
+from claas_store import uris
+from claas_store.errors import AlreadyExists, NotFound, StorageDenied, StorageUnavailable, StoreError, TooLarge, UriInvalid
+from claas_store.limits import MAX_OBJECT_BYTES
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+ATTEMPTS: Final = 3
+CONNECT_SECONDS: Final = 5
+READ_SECONDS: Final = 30  # without a byte; a slow transfer may take longer
+BACKOFF_SECONDS: Final = 0.2  # before the second try, doubled for each later one, with jitter
+PART_BYTES: Final = 64 * 2**20  # an object above goes up in parts of this size, a failed one alone goes up again
+PART_THREADS: Final = 4
+CHUNK_BYTES: Final = 2**20
+
+T = TypeVar("T")
+
+_TOKEN = "claas-put"
+_UNAVAILABLE_CODES = {"NoSuchBucket", "RequestTimeout", "SlowDown", "Throttling", "ConditionalRequestConflict", "OperationAborted", "NoSuchUpload"}
+_CREDENTIAL_CODES = {"ExpiredToken", "InvalidToken", "AuthorizationHeaderMalformed"}
+
+
+class S3Store:
+    """`s3://` uris at one endpoint with one set of credentials; see `claas_store.stores.Store` for the methods.
+
+    Args:
+        environment: the AWS_* variables. Only the endpoint and the region are read here, boto3 reads the rest itself.
+
+    Raises:
+        StorageDenied: the endpoint is not an address.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or None
+        self._endpoint = endpoint or "AWS"
+        session = boto3.session.Session()  # not boto3's shared one, which is not safe to use from several threads
+        region = environment.get("AWS_REGION") or session.region_name or "us-east-1"
+        config = Config(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            max_pool_connections=16,
+            s3={"addressing_style": "path"} if endpoint else {},
+        )
+        once = config.merge(Config(retries={"total_max_attempts": 1}))
+        try:
+            self._client: S3Client = session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
+            self._once: S3Client = session.client("s3", region_name=region, endpoint_url=endpoint, config=once)
+        except ValueError as error:
+            raise StorageDenied(f"the object store's endpoint {endpoint!r} cannot be used: {error}") from None
+
+    def get(self, uri: str, *, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
+        """See `Store.get`."""
+        bucket, key = _split(uri)
+
+        def fetch() -> bytes:
+            answer = self._once.get_object(Bucket=bucket, Key=key)
+            with closing(answer["Body"]) as body:
+                if answer["ContentLength"] > max_bytes:
+                    raise TooLarge(f"{uri} has {answer['ContentLength']} bytes, at most {max_bytes} are read")
+                return b"".join(body.iter_chunks(CHUNK_BYTES))
+
+        with self._errors(uri):
+            return self._retry(fetch)  # ours, because boto3's own would not cover a body that breaks off
+
+    def put(self, uri: str, data: bytes, *, if_absent: bool = True) -> None:
+        """See `Store.put`. A conditional put within this call may be sent several times; its answer is the same."""
+        bucket, key = _split(uri)
+        token = uuid.uuid4().hex
+        condition: Any = {"IfNoneMatch": "*"} if if_absent else {}
+        with self._errors(uri):
+            if len(data) <= PART_BYTES:
+                last: Any = {"Bucket": bucket, "Key": key, "Body": data, "Metadata": {_TOKEN: token}, **condition}
+                self._write(lambda: self._once.put_object(**last), bucket, key, token)
+                return
+            upload = self._client.create_multipart_upload(Bucket=bucket, Key=key, Metadata={_TOKEN: token})["UploadId"]
+            try:
+                whole: Any = {"Bucket": bucket, "Key": key, "UploadId": upload, **condition}
+                whole["MultipartUpload"] = {"Parts": self._upload_parts(bucket, key, upload, data)}
+                self._write(lambda: self._once.complete_multipart_upload(**whole), bucket, key, token)
+            except BaseException:
+                self._abort(bucket, key, upload)
+                raise
+
+    def delete(self, uri: str) -> None:
+        """See `Store.delete`."""
+        bucket, key = _split(uri)
+        with self._errors(uri):
+            self._client.delete_object(Bucket=bucket, Key=key)
+
+    def download(self, uri: str, target: Path) -> None:
+        """Streams the object into the file `target`, in parallel parts, for objects too large for memory.
+
+        Raises:
+            NotFound, StorageUnavailable, StorageDenied: as `get`.
+        """
+        bucket, key = _split(uri)
+        with self._errors(uri):
+            self._client.download_file(bucket, key, str(target))
+
+    def list(self, prefix: str) -> Sequence[tuple[str, int]]:
+        """See `Store.list`."""
+        location = uris.parse(prefix)
+        below = f"{location.key}/" if location.segments else ""
+        with self._errors(location.folder_uri):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=location.bucket, Prefix=below)
+            return sorted(
+                (f"s3://{location.bucket}/{entry['Key']}", entry["Size"]) for page in pages for entry in page.get("Contents", [])
+            )
+
+    def _write(self, send: Callable[[], object], bucket: str, key: str, token: str) -> None:
+        """Sends a conditional write until it has an answer; a 412 after a lost one is a success if the token is ours."""
+        lost = False
+
+        def once() -> None:
+            nonlocal lost
+            try:
+                send()
+            except (ClientError, BotoCoreError) as error:
+                status, code = _status(error), _code(error)
+                # An upload that the lost try completed is no longer there for the second one.
+                if lost and (status == 412 or code == "NoSuchUpload") and self._token(bucket, key) == token:
+                    return
+                lost = lost or status is None or status >= 500
+                raise
+
+        self._retry(once)
+
+    def _token(self, bucket: str, key: str) -> str | None:
+        """The token of the object that lies there now, if any."""
+        try:
+            return self._client.head_object(Bucket=bucket, Key=key)["Metadata"].get(_TOKEN)
+        except ClientError as error:
+            if _status(error) == 404:
+                return None
+            raise
+
+    def _upload_parts(self, bucket: str, key: str, upload: str, data: bytes) -> Sequence[dict[str, Any]]:
+        """Sends `data` in parts, some at a time; gives what the completion needs."""
+        view = memoryview(data)
+
+        def send(start: int) -> dict[str, Any]:
+            number = start // PART_BYTES + 1
+            part = bytes(view[start : start + PART_BYTES])
+            answer = self._client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=part)
+            return {"ETag": answer["ETag"], "PartNumber": number}
+
+        with ThreadPoolExecutor(PART_THREADS) as threads:
+            return [*threads.map(send, range(0, len(data), PART_BYTES))]
+
+    def _abort(self, bucket: str, key: str, upload: str) -> None:
+        """Frees the parts of a failed upload; those of a killed process stay until a lifecycle rule ends them."""
+        try:
+            self._client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+        except (ClientError, BotoCoreError):
+            return  # the failure that led here is the one to report
+
+    def _retry(self, call: Callable[[], T]) -> T:
+        """Up to ATTEMPTS tries while the store is unavailable."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return call()
+            except (ClientError, BotoCoreError) as error:
+                if attempt == ATTEMPTS or not isinstance(self._translate(error, ""), StorageUnavailable):
+                    raise
+                time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+        raise AssertionError("unreachable")
+
+    @contextmanager
+    def _errors(self, uri: str) -> Iterator[None]:
+        """Turns boto3's errors into the store's own."""
+        try:
+            yield
+        except S3TransferFailedError as error:
+            cause = error.__cause__ or error.__context__
+            raise self._translate(cause if isinstance(cause, Exception) else error, uri) from None
+        except (ClientError, BotoCoreError, Boto3Error) as error:
+            raise self._translate(error, uri) from None
+
+    def _translate(self, error: Exception, uri: str) -> StoreError:
+        """By status and code alone: a server's own words might quote what was sent."""
+        at = f"{uri} at {self._endpoint}"
+        status, code = _status(error), _code(error)
+        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+            return StorageDenied(f"{at}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if isinstance(error, ParamValidationError):
+            return UriInvalid(f"{uri} is not accepted by the client")
+        if status is None:
+            return StorageUnavailable(f"{at}: no answer ({type(error).__name__})")
+        said = f"{at}: HTTP {status} {code}"
+        if code == "NoSuchBucket":
+            return StorageUnavailable(f"{said}; create the bucket")
+        if status == 412:
+            return AlreadyExists(f"{uri} exists")
+        if status == 429 or status >= 500 or code in _UNAVAILABLE_CODES:
+            return StorageUnavailable(said)
+        if status in (401, 403) or code in _CREDENTIAL_CODES:
+            return StorageDenied(f"{said}; check the credentials, their rights on the bucket, and the machine's clock")
+        if status == 404:
+            return NotFound(f"{uri} does not exist")
+        return StorageDenied(said)
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """(bucket, key) of an object."""
+    location = uris.parse(uri)
+    if location.scheme != "s3" or not location.segments:
+        raise UriInvalid(f"{uri!r} names no object in a bucket")
+    return location.bucket, location.key
+
+
+def _status(error: Exception) -> int | None:
+    """HTTP status of an answer; None when there was none."""
+    return error.response["ResponseMetadata"].get("HTTPStatusCode") if isinstance(error, ClientError) else None
+
+
+def _code(error: Exception) -> str:
+    return error.response.get("Error", {}).get("Code", "") if isinstance(error, ClientError) else ""

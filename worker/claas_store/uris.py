@@ -1,0 +1,152 @@
+"""Uris of versions: `s3://bucket/path/` and `file:///path/`, compared and built by path segments.
+
+Segments are taken as they are: nothing is percent-decoded, so a uri names the same object to us, to boto3 and to a
+person. What two readers could understand differently (`..`, `.`, empty segments, queries, fragments, backslashes,
+control characters) is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from claas_store.errors import UriInvalid
+
+MAX_URI_CHARACTERS = 1024
+MAX_SEGMENT_BYTES = 255  # what a file system takes
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_OWN_SUFFIX = re.compile(r"(?P<base>.+)-\d{8}-\d{6}-[0-9a-f]{8}(-a([2-9]|[1-9]\d+))?", re.ASCII | re.DOTALL)
+_UID = re.compile(r"[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A parsed uri. `segments` may be empty: the bucket or the file system's root."""
+
+    scheme: Literal["s3", "file"]
+    bucket: str
+    segments: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Path without a slash at either end."""
+        return "/".join(self.segments)
+
+    @property
+    def object_uri(self) -> str:
+        """The uri of an object: no trailing slash."""
+        return f"{self.scheme}://{self.bucket}/{self.key}"
+
+    @property
+    def folder_uri(self) -> str:
+        """The uri of a folder: one trailing slash."""
+        return self.object_uri + ("/" if self.segments else "")
+
+
+def parse(uri: str) -> Location:
+    """Takes a uri of an object or a folder (with or without its trailing slash) apart.
+
+    Raises:
+        UriInvalid: it is none, or could be read in two ways.
+    """
+    shown = repr(uri[:200])
+    if len(uri) > MAX_URI_CHARACTERS:
+        raise UriInvalid(f"{shown}… is longer than {MAX_URI_CHARACTERS} characters")
+    scheme, separator, rest = uri.partition("://")
+    bucket, _, path = rest.partition("/")
+    if scheme == "s3" and separator:
+        if not _BUCKET.fullmatch(bucket) or ".." in bucket:
+            raise UriInvalid(f"{shown}: the bucket must have 3 to 63 characters of a-z, 0-9, '-' and '.'")
+    elif scheme != "file" or not separator or bucket or not rest:
+        raise UriInvalid(f"{shown} must be s3://BUCKET/PATH/ or file:///PATH/")
+    segments = tuple(path.removesuffix("/").split("/")) if path not in ("", "/") else ()
+    if path == "/" or any(segment in ("", ".", "..") for segment in segments):
+        raise UriInvalid(f"{shown} has an empty, '.' or '..' segment")
+    if any(character in "?#\\" or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in path):
+        raise UriInvalid(f"{shown} has a query, a fragment, a backslash or a control character")
+    if any(len(segment.encode()) > MAX_SEGMENT_BYTES for segment in segments):
+        raise UriInvalid(f"{shown} has a segment of more than {MAX_SEGMENT_BYTES} bytes")
+    return Location("s3" if scheme == "s3" else "file", bucket, segments)
+
+
+def normalise(uri: str) -> str:
+    """The one spelling of a version's uri: one trailing slash, at least one segment.
+
+    Raises:
+        UriInvalid: see `parse`; or it names a bucket or the root of the file system.
+    """
+    location = parse(uri)
+    if not location.segments:
+        raise UriInvalid(f"{uri!r} names no folder: add a path, for example {location.folder_uri}my-adapter/")
+    return location.folder_uri
+
+
+def join(folder: str, name: str) -> str:
+    """The uri of the object `name` in `folder`.
+
+    Raises:
+        UriInvalid: the result is not a uri, or `name` is more than one segment.
+    """
+    if "/" in name:
+        raise UriInvalid(f"{name!r} is not a plain file name")
+    return parse(f"{normalise(folder)}{name}").object_uri
+
+
+def version_name(uri: str) -> str:
+    """The last segment: what people call the version."""
+    return parse(normalise(uri)).segments[-1]
+
+
+def is_step_output(uri: str) -> bool:
+    """Whether the name ends in the suffix that `next_version_uri` gives."""
+    return _OWN_SUFFIX.fullmatch(version_name(uri)) is not None
+
+
+def next_version_uri(parent_uri: str, request_created: str, request_uid: str, attempt: int) -> str:
+    """Where attempt `attempt` of a request writes: beside its parent, our own suffix replaced.
+
+    Args:
+        request_created: the request's `metadata.creationTimestamp`, RFC 3339.
+        request_uid: its `metadata.uid`, of which the first 8 characters are used.
+        attempt: counts from 1; from the second on the name says so, so two attempts never share a folder.
+
+    Raises:
+        UriInvalid: a bad parent uri, or the name would be longer than a segment may be.
+        ValueError: not a time, a uid or an attempt.
+    """
+    created = datetime.fromisoformat(request_created)
+    if created.tzinfo is None:
+        raise ValueError(f"{request_created!r} has no time zone")
+    if attempt < 1:
+        raise ValueError(f"attempt {attempt}: the first is 1")
+    if not _UID.fullmatch(request_uid[:8]):
+        raise ValueError(f"{request_uid[:64]!r} does not begin with 8 hexadecimal digits, as a uid does")
+    parent = parse(normalise(parent_uri))
+    own = _OWN_SUFFIX.fullmatch(parent.segments[-1])
+    name = own["base"] if own else parent.segments[-1]
+    name += f"-{created.astimezone(UTC):%Y%m%d-%H%M%S}-{request_uid[:8]}" + (f"-a{attempt}" if attempt > 1 else "")
+    return normalise(Location(parent.scheme, parent.bucket, (*parent.segments[:-1], name)).folder_uri)
+
+
+def within(uri: str, prefixes: Iterable[str]) -> bool:
+    """Whether `uri` lies at least one segment below one of `prefixes`; False for what is not a uri.
+
+    Raises:
+        UriInvalid: a prefix is none (a setting, not a user's input).
+    """
+    roots = [parse(prefix) for prefix in prefixes]
+    try:
+        location = parse(uri)
+    except UriInvalid:
+        return False
+    return any(
+        (location.scheme, location.bucket) == (root.scheme, root.bucket)
+        and len(location.segments) > len(root.segments)
+        and location.segments[: len(root.segments)] == root.segments
+        for root in roots
+    )

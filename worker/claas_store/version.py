@@ -1,0 +1,379 @@
+"""A version: adapter_config.json, adapter_model.safetensors, optimizer.safetensors and, last, its manifest claas.json.
+
+A version without a manifest does not exist: a writer that was killed in between leaves nothing that anyone can read.
+The manifest holds the digest of every file, so what is read is what was written. Only safetensors is read; nothing is
+ever unpickled.
+
+`optimizer.safetensors` holds, for every parameter named as in the adapter file, `<parameter>.exp_avg` and
+`<parameter>.exp_avg_sq` (float32, the parameter's shape), and in its header's metadata one key `claas`: JSON of
+`{"schemaVersion": 1, "step": …, "rank": …, "targetModules": […]}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata as distributions
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from claas_crds.model import StatusModel
+from claas_crds.request import Metadata
+from numpy.typing import NDArray
+from pydantic import Field, JsonValue, StringConstraints, ValidationError
+
+from claas_store import uris
+from claas_store.errors import AlreadyExists, NotFound, VersionInvalid
+from claas_store.limits import MAX_ADAPTER_BYTES, MAX_CONFIG_BYTES, MAX_FILES, MAX_MANIFEST_BYTES, MAX_OBJECT_BYTES, MAX_OPTIMIZER_BYTES
+from claas_store.stores import Store, open_store
+
+MANIFEST: Final = "claas.json"
+CONFIG: Final = "adapter_config.json"
+ADAPTER: Final = "adapter_model.safetensors"
+OPTIMIZER: Final = "optimizer.safetensors"
+
+_BOUNDS = {CONFIG: MAX_CONFIG_BYTES, ADAPTER: MAX_ADAPTER_BYTES, OPTIMIZER: MAX_OPTIMIZER_BYTES}
+_HEADER_KEY = "claas"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Tensors = Mapping[str, NDArray[np.float32]]
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
+
+
+class FileDigest(StatusModel):
+    """One file of a version."""
+
+    sha256: Sha256
+    size: int = Field(ge=0, le=MAX_OBJECT_BYTES, description="Bytes.")
+
+
+class ParentVersion(StatusModel):
+    """What a version was made from."""
+
+    uri: str
+    sha256: Sha256 = Field(description="Of the parent's manifest; of its adapter file when it had no manifest.")
+
+
+class TeacherUsed(StatusModel):
+    """Who taught."""
+
+    id: str = ""
+    mode: str = ""
+
+
+class Manifest(StatusModel):
+    """`claas.json`. `files` is filled in by `write_version`; fields of a later release are ignored."""
+
+    schema_version: Literal[1] = 1
+    base_model: str = Field(max_length=253)
+    parent: ParentVersion | None = Field(None, description="Absent for an adapter's first version.")
+    adapter_uid: str = Field("", max_length=64, description="Of a first version: the LoraAdapter that it was created for.")
+    request_uid: str = Field("", max_length=64, description="Of a later one: the DistillRequest that made it.")
+    attempt: int = Field(1, ge=1)
+    files: dict[FileName, FileDigest] = Field(default_factory=dict, max_length=MAX_FILES)
+    training: dict[str, JsonValue] = Field(default_factory=dict, description="spec.training as it was in effect.")
+    metadata: Metadata | None = Field(None, description="The nine numbers and the extras.")
+    teacher: TeacherUsed | None = None
+    template_id: str = Field("", max_length=64)
+    code_version: str = Field("", max_length=64)
+    created_at: str = Field("", max_length=40, description="RFC 3339, UTC.")
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """AdamW's state by parameter name, which is the name in the adapter file."""
+
+    step: int
+    rank: int
+    target_modules: tuple[str, ...]  # sorted
+    exp_avg: Tensors
+    exp_avg_sq: Tensors
+
+
+@dataclass(frozen=True)
+class Version:
+    """A whole, verified version. Arrays may be read-only."""
+
+    uri: str
+    manifest: Manifest
+    manifest_sha256: str
+    config: dict[str, Any]
+    tensors: Tensors
+    optimizer: OptimizerState | None
+
+
+def read_version(uri: str, *, adopt: bool = False, base_model: str = "") -> Version:
+    """Reads a version and checks every byte of it against its manifest.
+
+    Args:
+        adopt: a PEFT folder of somebody else's gets a manifest and is a version from then on. What a killed step left
+            behind is never adopted.
+        base_model: for the manifest of an adopted folder; by default what its config names.
+
+    Raises:
+        NotFound: no manifest (the version does not exist), or a listed file is missing.
+        VersionInvalid: a digest, a size, a format; the message names the file.
+        UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
+    """
+    uri = uris.normalise(uri)
+    store = open_store(uri)
+    found = _read_manifest(store, uri)
+    if found is None:
+        if not adopt:
+            raise NotFound(f"{uri} is no version: it has no {MANIFEST} (a version without a manifest does not exist)")
+        if uris.is_step_output(uri):
+            raise NotFound(f"{uri} is what an unfinished step left behind: it has no {MANIFEST}")
+        found = _adopt(store, uri, base_model)
+    manifest, digest = found
+    with ThreadPoolExecutor(len(manifest.files) or 1) as threads:
+        reads = {name: threads.submit(_read_file, store, uri, name, known) for name, known in manifest.files.items()}
+        files = {name: read.result() for name, read in reads.items()}
+    optimizer = parse_optimizer(files[OPTIMIZER], uri) if OPTIMIZER in files else None
+    return Version(uri, manifest, digest, parse_config(files[CONFIG], uri), parse_adapter(files[ADAPTER], uri), optimizer)
+
+
+def read_peft_folder(uri: str) -> tuple[dict[str, Any], Tensors, str]:
+    """(config, tensors, sha256 of the adapter file) of a PEFT folder, manifest or not; nothing is written.
+
+    Raises:
+        NotFound, VersionInvalid, UriInvalid, StorageUnavailable, StorageDenied: as `read_version`.
+    """
+    uri = uris.normalise(uri)
+    config, adapter = _read_peft(open_store(uri), uri)
+    return parse_config(config, uri), parse_adapter(adapter, uri), hashlib.sha256(adapter).hexdigest()
+
+
+def find_manifest(uri: str) -> Manifest | None:
+    """The manifest of the version at `uri`; None when the version does not exist.
+
+    Raises:
+        VersionInvalid: there is one, but it cannot be read.
+        UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
+    """
+    uri = uris.normalise(uri)
+    found = _read_manifest(open_store(uri), uri)
+    return found[0] if found else None
+
+
+def write_version(
+    uri: str, config: Mapping[str, Any], tensors: Tensors, optimizer: OptimizerState | None, manifest: Manifest
+) -> Version:
+    """Writes a new version: files first, side by side, each only if absent; then the manifest, which makes it exist.
+
+    Args:
+        tensors: LoRA weights by PEFT's names, `base_model.model.<module>.lora_A.weight` (r, in) and `lora_B` (out, r).
+        manifest: everything but `files`, `codeVersion` and `createdAt`, which are filled in.
+
+    Raises:
+        AlreadyExists: an object lies there already. Nothing may be assumed about it: use the next attempt's uri.
+        VersionInvalid: the config is no LoRA config, or a file exceeds its bound.
+        UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
+    """
+    uri = uris.normalise(uri)
+    files = encode(config, tensors, optimizer)
+    store = open_store(uri)
+    with ThreadPoolExecutor(len(files)) as threads:
+        for put in [threads.submit(store.put, uris.join(uri, name), data) for name, data in files.items()]:
+            put.result()
+    written, digest = put_manifest(store, uri, manifest, files)
+    return Version(uri, written, digest, dict(config), tensors, optimizer)
+
+
+def encode(config: Mapping[str, Any], tensors: Tensors, optimizer: OptimizerState | None) -> dict[str, bytes]:
+    """The files of a version but its manifest; the same input gives the same bytes.
+
+    Raises:
+        VersionInvalid: as `write_version`.
+    """
+    files = {CONFIG: _json(config), ADAPTER: safetensors.numpy.save(_float32(tensors), {"format": "pt"})}
+    parse_config(files[CONFIG], "the new version")
+    if optimizer is not None:
+        header = {"schemaVersion": 1, "step": optimizer.step, "rank": optimizer.rank, "targetModules": [*optimizer.target_modules]}
+        moments = {f"{name}.exp_avg": value for name, value in optimizer.exp_avg.items()}
+        moments |= {f"{name}.exp_avg_sq": value for name, value in optimizer.exp_avg_sq.items()}
+        files[OPTIMIZER] = safetensors.numpy.save(_float32(moments), {"format": "pt", _HEADER_KEY: json.dumps(header)})
+    for name, data in files.items():
+        if len(data) > _BOUNDS[name]:
+            raise VersionInvalid(f"{name} would have {len(data)} bytes, at most {_BOUNDS[name]} can be kept")
+    return files
+
+
+def put_manifest(store: Store, uri: str, manifest: Manifest, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
+    """Makes the version at `uri` exist; gives the manifest as written and the sha256 of its bytes.
+
+    Raises:
+        AlreadyExists: it exists.
+    """
+    digests = {name: FileDigest(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in files.items()}
+    filled = manifest.model_copy(update={"files": digests, "code_version": code_version(), "created_at": _now()})
+    data = _json(filled.model_dump(by_alias=True, exclude_none=True, mode="json"))
+    store.put(uris.join(uri, MANIFEST), data)
+    return filled, hashlib.sha256(data).hexdigest()
+
+
+def code_version() -> str:
+    """Of this distribution; `unknown` in a bare checkout."""
+    try:
+        return distributions.version("claas")
+    except distributions.PackageNotFoundError:
+        return "unknown"
+
+
+def parse_config(data: bytes, uri: str) -> dict[str, Any]:
+    """`adapter_config.json` of a LoRA adapter.
+
+    Raises:
+        VersionInvalid: not JSON, not LoRA, or no rank, alpha or target modules.
+    """
+    config = _parse_json(data, f"{uri}: {CONFIG}")
+    if config.get("peft_type") != "LORA":
+        raise VersionInvalid(f"{uri}: {CONFIG}: peft_type must be LORA, is {str(config.get('peft_type'))[:32]!r}")
+    rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 512:
+        raise VersionInvalid(f"{uri}: {CONFIG}: r must be a whole number from 1 to 512")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
+        raise VersionInvalid(f"{uri}: {CONFIG}: lora_alpha must be a number above 0")
+    names = isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in targets)
+    if not names and not (isinstance(targets, str) and targets):
+        raise VersionInvalid(f"{uri}: {CONFIG}: target_modules must be a list of names")
+    return config
+
+
+def parse_adapter(data: bytes, uri: str) -> dict[str, NDArray[np.float32]]:
+    """Weights as float32; bfloat16 and float16 widen without loss.
+
+    Raises:
+        VersionInvalid: not safetensors, or another type.
+    """
+    return _parse_safetensors(data, f"{uri}: {ADAPTER}")
+
+
+def parse_optimizer(data: bytes, uri: str) -> OptimizerState:
+    """The state that `encode` wrote.
+
+    Raises:
+        VersionInvalid: not safetensors, no header of ours, or moments that do not pair up.
+    """
+    what = f"{uri}: {OPTIMIZER}"
+    moments: dict[str, dict[str, NDArray[np.float32]]] = {moment: {} for moment in _MOMENTS}
+    for name, value in _parse_safetensors(data, what).items():
+        parameter, _, moment = name.rpartition(".")
+        if moment not in moments:
+            raise VersionInvalid(f"{what}: a tensor is neither exp_avg nor exp_avg_sq")
+        moments[moment][parameter] = value
+    first, second = (moments[moment] for moment in _MOMENTS)
+    if {name: value.shape for name, value in first.items()} != {name: value.shape for name, value in second.items()}:
+        raise VersionInvalid(f"{what}: exp_avg and exp_avg_sq differ in names or shapes")
+    # The header's length is the first 8 bytes; deserialising has checked it.
+    header = _parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], what).get("__metadata__", {})
+    try:
+        state = _OptimizerHeader.model_validate_json(header[_HEADER_KEY])
+    except (KeyError, ValidationError):
+        raise VersionInvalid(f"{what}: its header lacks step, rank or targetModules") from None
+    return OptimizerState(state.step, state.rank, tuple(sorted(state.target_modules)), first, second)
+
+
+class _OptimizerHeader(StatusModel):
+    schema_version: Literal[1]
+    step: int = Field(ge=0)
+    rank: int = Field(ge=1)
+    target_modules: list[str]
+
+
+def _read_manifest(store: Store, uri: str) -> tuple[Manifest, str] | None:
+    """(manifest, sha256 of its bytes), checked to be usable; None when there is none."""
+    try:
+        data = store.get(uris.join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
+    except NotFound:
+        return None
+    try:
+        manifest = Manifest.model_validate(_parse_json(data, f"{uri}: {MANIFEST}"))
+    except ValidationError as error:
+        fields = ", ".join(sorted({".".join(map(str, problem["loc"][:2])) or "." for problem in error.errors()})[:5])
+        raise VersionInvalid(f"{uri}: {MANIFEST} does not fit its schema: {fields[:200]}") from None
+    for name in (CONFIG, ADAPTER):
+        if name not in manifest.files:
+            raise VersionInvalid(f"{uri}: {MANIFEST} lists no {name}")
+    for name, bound in _BOUNDS.items():
+        if name in manifest.files and manifest.files[name].size > bound:
+            raise VersionInvalid(f"{uri}: {name} has {manifest.files[name].size} bytes, at most {bound} are read")
+    return manifest, hashlib.sha256(data).hexdigest()
+
+
+def _read_file(store: Store, uri: str, name: str, known: FileDigest) -> bytes:
+    data = store.get(uris.join(uri, name), max_bytes=known.size)
+    if len(data) != known.size or hashlib.sha256(data).hexdigest() != known.sha256:
+        raise VersionInvalid(f"{uri}: {name} is not what {MANIFEST} says (its sha256 differs)")
+    return data
+
+
+def _read_peft(store: Store, uri: str) -> tuple[bytes, bytes]:
+    config = store.get(uris.join(uri, CONFIG), max_bytes=MAX_CONFIG_BYTES)
+    try:
+        return config, store.get(uris.join(uri, ADAPTER), max_bytes=MAX_ADAPTER_BYTES)
+    except NotFound:
+        raise NotFound(f"{uri} has no {ADAPTER} (pickled adapters are never read: save as safetensors)") from None
+
+
+def _adopt(store: Store, uri: str, base_model: str) -> tuple[Manifest, str]:
+    """Gives a folder its manifest, or reads the one that another adopter gave it first."""
+    files = dict(zip((CONFIG, ADAPTER), _read_peft(store, uri), strict=True))
+    config = parse_config(files[CONFIG], uri)
+    parse_adapter(files[ADAPTER], uri)
+    named = base_model or str(config.get("base_model_name_or_path") or "")
+    try:
+        return put_manifest(store, uri, Manifest(base_model=named[:253]), files)
+    except AlreadyExists:
+        found = _read_manifest(store, uri)
+        if found is None:
+            raise
+        return found
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def _parse_json(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise VersionInvalid(f"{what} is not JSON") from None
+    if not isinstance(value, dict):
+        raise VersionInvalid(f"{what} is not a JSON object")
+    return value
+
+
+def _float32(tensors: Tensors) -> dict[str, NDArray[np.float32]]:
+    return {name: np.ascontiguousarray(value, dtype="<f4") for name, value in tensors.items()}
+
+
+def _parse_safetensors(data: bytes, what: str) -> dict[str, NDArray[np.float32]]:
+    try:
+        parts = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        raise VersionInvalid(f"{what} is not a safetensors file ({str(error)[:120]})") from None
+    tensors = {}
+    for name, part in parts:
+        match part["dtype"]:
+            case "F32":
+                array = np.frombuffer(part["data"], dtype="<f4")
+            case "F16":
+                array = np.frombuffer(part["data"], dtype="<f2").astype(np.float32)
+            case "BF16":  # the upper half of a float32; numpy has no such type
+                array = (np.frombuffer(part["data"], dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+            case other:
+                raise VersionInvalid(f"{what}: a tensor has the type {other}; F32, F16 and BF16 are read")
+        tensors[name] = array.reshape(part["shape"])
+    return tensors
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

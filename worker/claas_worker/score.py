@@ -1,0 +1,95 @@
+"""The teacher's side of a step, by `spec.teacher.mode`: for each response a support and its logprobs.
+
+Server: the teacher Deployment's top-K after the context that holds the feedback. Self: the student itself, with its
+adapter, shown that context and asked about its own top-K, as in the paper. Provided: what the request brings along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from claas_crds.request import Sample
+from claas_teacher.client import TeacherClient
+from torch import Tensor
+
+from claas_worker.errors import TeacherUnavailable, TokenizerMismatch
+from claas_worker.job import InvalidSpec
+from claas_worker.provided import Scored, TokenTexts, parse
+from claas_worker.sdpo import logprobs_from_hidden, topk_from_hidden
+from claas_worker.student import Context, Student
+
+__all__ = ["Question", "Scored", "Scorer"]
+
+
+class Question(NamedTuple):
+    """One sample as both sides see it: the same response after the student's and after the teacher's prefix."""
+
+    student: Context
+    teacher: Context
+
+
+class Scorer:
+    """Asks the teacher. One per worker.
+
+    Args:
+        client: of the teacher Deployment; None where there is none.
+    """
+
+    def __init__(self, student: Student, client: TeacherClient | None) -> None:
+        self._student, self._client = student, client
+        self._texts = TokenTexts(student.tokenizer)
+        self._checked: set[str] = set()  # teachers' tokenizer fingerprints that are ours
+
+    def server(self, questions: Sequence[Question], k: int) -> tuple[list[Scored], str]:
+        """The teacher's top-K of each response, and its model's id.
+
+        Raises:
+            TeacherUnavailable: no answer; or this worker knows no teacher.
+            TokenizerMismatch: its ids mean other tokens than ours.
+            TeacherError: the sample is beyond its limits (its `reason` says which), or its answer is none.
+        """
+        if self._client is None:
+            raise TeacherUnavailable("this worker has no teacher: set teacher.url in the chart, or teacher.mode Self")
+        info = self._client.info()
+        if info.tokenizer_fingerprint not in self._checked:
+            if info.tokenizer_fingerprint != self._student.fingerprint:
+                raise TokenizerMismatch(
+                    f"the teacher {info.model} has another tokenizer than the student: vocabulary, merges and added "
+                    "tokens must be equal; choose a teacher of the student's family, or teacher.mode Self"
+                )
+            self._checked.add(info.tokenizer_fingerprint)
+        scores = self._client.score_batch([question.teacher for question in questions], k)
+        return [Scored(torch.from_numpy(s.ids).long(), torch.from_numpy(s.logprobs)) for s in scores], info.model
+
+    def self(self, questions: Sequence[Question], k: int) -> tuple[list[Scored], str]:
+        """The student's own top-K of each response, scored after the teacher's prefix; the adapter must be in."""
+        student = self._student
+        supports: dict[int, Tensor] = {}
+        scored: dict[int, Scored] = {}
+
+        def take_support(index: int, hidden: Tensor) -> None:
+            supports[index], _ = topk_from_hidden(hidden, student.head, k)  # (N, k)
+
+        def take_scores(index: int, hidden: Tensor) -> None:
+            scored[index] = Scored(supports[index], logprobs_from_hidden(hidden, student.head, supports[index]))
+
+        student.map_hidden([question.student for question in questions], take_support)
+        student.map_hidden([question.teacher for question in questions], take_scores)
+        return [scored[index] for index in range(len(questions))], student.base_model
+
+    def provided(self, questions: Sequence[Question], samples: Sequence[Sample]) -> tuple[list[Scored], str]:
+        """What the samples bring along.
+
+        Raises:
+            InvalidSpec: none, or of unknown shape.
+            LogprobLengthMismatch, NonFiniteInput: not of this response, or no logprobs.
+        """
+        scored = []
+        for index, (question, sample) in enumerate(zip(questions, samples, strict=True)):
+            where = f"samples[{index}].teacherLogprobs"
+            if sample.teacher_logprobs is None:
+                raise InvalidSpec(f"{where} is missing: teacher.mode Provided needs it in every sample")
+            scored.append(parse(sample.teacher_logprobs, question.teacher.response_ids, self._texts, where))
+        return scored, "provided"
