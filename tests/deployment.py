@@ -154,6 +154,8 @@ def _own_values(kubectl: Kubectl, cluster: Cluster) -> dict[str, Any]:
         *_volume("demo-teacher", folder / "teacher", "ReadWriteMany", ["a100"]),
         *_volume("demo-s3", folder / "s3", "ReadWriteOnce", ["a100"]),
     )
+    # The images keep their names, so Pods of earlier code must be told to go.
+    build = {"podAnnotations": {"claas.dev/build": images.sources_key()}}
     gpu = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"nvidia.com/gpu": 1, "memory": "8Gi"}}
     source = {"id": BASE_MODEL, "source": "file:///source"}
     return {
@@ -164,8 +166,10 @@ def _own_values(kubectl: Kubectl, cluster: Cluster) -> dict[str, Any]:
             "args": ["--max-model-len=2048"],
             "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"},
             "resources": gpu,
+            **build,
         },
-        "poolDefaults": {"resources": gpu},
+        "operator": build,
+        "poolDefaults": {"resources": gpu, **build},
         "pools": [{"name": "l40s", "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L40S"}}],
         "fetch": {
             "extraVolumes": [{"name": "source", "persistentVolumeClaim": {"claimName": "demo-source", "readOnly": True}}],

@@ -57,7 +57,9 @@ class ObjectStore:
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name="us-east-1",
-            config=Config(s3={"addressing_style": "path"}, connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 1}),
+            config=Config(
+                s3={"addressing_style": "path"}, connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 1}
+            ),
         )
 
     def stop(self) -> None:
@@ -95,7 +97,10 @@ def running(folder: Path, *, port: int = 0, access_key: str = "", secret_key: st
         RuntimeError: it did not start, or not within a minute; with the end of its log.
     """
     access_key, secret_key = access_key or secrets.token_hex(8), secret_key or secrets.token_hex(16)
-    ports = {"s3": port or free_port(), **{part: free_port() for part in ("master", "filer", "volume", "webdav", "admin")}}
+    ports = {
+        "s3": port or free_port(),
+        **{part: free_port() for part in ("master", "filer", "volume", "webdav", "admin")},
+    }
     data, log = folder / "data", folder / "weed.log"
     data.mkdir(parents=True, exist_ok=True)
     options = [f"-{part}.port={number}" for part, number in ports.items()]

@@ -7,6 +7,7 @@ from datetime import datetime
 
 from claas_crds import names
 from claas_crds.reasons import ConditionType, Reason, describe
+from claas_store.uris import within
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from claas_operator import status
@@ -14,7 +15,6 @@ from claas_operator.actions import Action, Describe, Fold, Free, Note, StartJob
 from claas_operator.jobs import build_create_job, create_stem
 from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Adapter, Job, Pod, Snapshot
-from claas_store.uris import within
 from claas_operator.workers import Wake, backoff
 
 

@@ -1,4 +1,4 @@
-"""The API server, as raw JSON over `kubernetes.aio`: five verbs, each with a time-out. Decides nothing, retries nothing.
+"""The API server, as raw JSON over `kubernetes.aio`: five verbs, each with a time-out. Nothing decides or retries here.
 
 Raw objects instead of the client's models: parsing is lenient and ours (`snapshot`), and a merge patch must carry null
 to remove a field, which the models drop.
@@ -12,10 +12,10 @@ from http import HTTPStatus
 from typing import Any, Final
 
 import aiohttp
+from claas_crds import names
 from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
-from claas_crds import names
 from claas_operator.snapshot import Kind
 
 CALL_SECONDS: Final = 10.0
@@ -86,7 +86,9 @@ class Api:
         headers = {"Content-Type": "application/merge-patch+json"}
         return await self._call("PATCH", path, body=body, headers=headers)
 
-    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str, grace_seconds: int | None = None) -> None:
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, *, uid: str, grace_seconds: int | None = None
+    ) -> None:
         """Deletes this very object (ApiException 409 when the name is another's by now)."""
         options: Object = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
         if grace_seconds is not None:

@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Final, assert_never
 
-from kubernetes.aio.client.exceptions import ApiException
-
 from claas_crds import names
 from claas_crds.reasons import Outcome
+from kubernetes.aio.client.exceptions import ApiException
+
 from claas_operator.actions import (
     Action,
     Commit,
@@ -123,7 +123,11 @@ class Apply:
             raise Lost("the request has no successful result of its current attempt any more")
         decided = action.request.result
         result, parent = live.result, live.status.parent
-        if result is None or decided is None or (result.attempt, result.lora_uri) != (decided.attempt, decided.lora_uri):
+        if (
+            result is None
+            or decided is None
+            or (result.attempt, result.lora_uri) != (decided.attempt, decided.lora_uri)
+        ):
             raise Lost("the request has another result")
         if result.outcome is not Outcome.SUCCEEDED or parent is None:
             raise Lost("the request has nothing to commit")
@@ -149,7 +153,9 @@ class Apply:
             lease = self._snapshot.put(Kind.LEASE, item, self._clock())
             if not isinstance(lease, Lease):
                 raise Lost("a worker's Lease cannot be read")
-            if action.holder in lease.running and not await self._pod_is_gone(lease.namespace, lease.name, lease.holder):
+            if action.holder in lease.running and not await self._pod_is_gone(
+                lease.namespace, lease.name, lease.holder
+            ):
                 raise Lost("a living worker still lists the request")
         await self._patch(Kind.ADAPTER, action.adapter, action.adapter.version, action.status)
 

@@ -1,4 +1,4 @@
-"""The loop: events -> snapshot -> a wake-up -> `plan` -> `apply`. Level-triggered: a lost wake-up costs time, never truth.
+"""The loop: events -> snapshot -> wake-up -> `plan` -> `apply`. Level-triggered: a lost wake-up costs time, not truth.
 
 One plan at a time; its actions run side by side, one per object. While an action is applied, `plan` sees it in
 `snapshot.in_flight` and leaves its object alone. The next plan is made when something was heard, an action ended, or
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from claas_crds import names
 from kubernetes.aio.client.exceptions import ApiException
 
-from claas_crds import names
 from claas_operator.actions import Action, Bind, Commit, End, Fence, Lock
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.apply import Apply, Lost
@@ -221,7 +221,7 @@ class Loop:
         self._wake.set()
 
     async def _arrive(self, missing: list[tuple[Kind, str, str, str]]) -> None:
-        """What exists comes by the watches, in a moment or, ten thousand of them, in seconds; what does not is fetched."""
+        """What exists comes by the watches, ten thousand objects within seconds; what does not come is fetched."""
         end = asyncio.get_running_loop().time() + ARRIVAL_SECONDS
 
         def rest() -> list[tuple[Kind, str, str, str]]:

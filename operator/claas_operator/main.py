@@ -7,15 +7,16 @@ kopf serves for what it does well (list and watch with reconnects, credentials, 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sys
 from typing import Any, Final
 
 import kopf
+from claas_crds import names
 from kopf import DiffBaseStorage, ProgressStorage
 from pythonjsonlogger.json import JsonFormatter
 
-from claas_crds import names
 from claas_operator.api import Api, connect
 from claas_operator.loop import Loop, selectors
 from claas_operator.settings import Settings
@@ -30,11 +31,11 @@ WORKER_LIMIT: Final = 100
 # The loop comes round at least once per relist; a process that misses several of them is stuck.
 MISSED_RELISTS: Final = 3
 
-_RESOURCES: Final[dict[Kind, tuple[str, str, str]]] = {
+_RESOURCES: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.REQUEST: (names.GROUP, names.VERSION, names.REQUEST_PLURAL),
     Kind.ADAPTER: (names.GROUP, names.VERSION, names.ADAPTER_PLURAL),
     Kind.JOB: ("batch", "v1", "jobs"),
-    Kind.POD: ("", "v1", "pods"),
+    Kind.POD: ("v1", "pods"),
     Kind.LEASE: ("coordination.k8s.io", "v1", "leases"),
 }
 
@@ -43,7 +44,7 @@ class Stalled(Exception):
     """The loop has not come round: the liveness probe fails, and the kubelet restarts us."""
 
 
-class _NoDiffs(DiffBaseStorage):
+class _NoDiffs(DiffBaseStorage):  # type: ignore[misc]  # kopf is not followed by mypy
     """We have no change-detecting handlers: kopf need not copy every object to find out what changed."""
 
     def build(self, **_: Any) -> Any:
@@ -56,7 +57,7 @@ class _NoDiffs(DiffBaseStorage):
         pass
 
 
-class _NoProgress(ProgressStorage):
+class _NoProgress(ProgressStorage):  # type: ignore[misc]
     """Nor handlers whose progress would go into annotations."""
 
     def fetch(self, **_: Any) -> Any:
@@ -93,51 +94,72 @@ def configure(kopf_settings: kopf.OperatorSettings, settings: Settings) -> None:
         kopf_settings.watching.label_selectors[_RESOURCES[kind]] = selector
 
 
-def build(settings: Settings, stop: asyncio.Event) -> kopf.OperatorRegistry:
-    """All of kopf's handlers. `stop` is set when the loop dies, and ends the process."""
-    registry = kopf.OperatorRegistry()
-    running: dict[str, Any] = {}
+class Process:
+    """What the handlers share: the loop, and how it ended."""
 
-    @kopf.on.startup(registry=registry)
-    async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
-        configure(settings, claas)
-        running["api"] = await connect()
-        running["loop"] = Loop(claas, running["api"])
-        running["task"] = asyncio.create_task(running["loop"].run(), name="loop")
-        running["task"].add_done_callback(ended)
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.stop = asyncio.Event()  # kopf ends when it is set
+        self.failed = False
+        self._api: Api | None = None
+        self._loop: Loop | None = None
+        self._task: asyncio.Task[None] | None = None
 
-    @kopf.on.cleanup(registry=registry)
-    async def clean_up(**_: Any) -> None:
-        task: asyncio.Task[None] | None = running.get("task")
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        api: Api | None = running.get("api")
-        if api is not None:
-            await api.close()
+    async def start(self, settings: kopf.OperatorSettings, **_: Any) -> None:
+        """Connects and starts the loop; kopf's watches start after it."""
+        configure(settings, self._settings)
+        self._api = await connect()
+        self._loop = Loop(self._settings, self._api)
+        self._task = asyncio.create_task(self._loop.run(), name="loop")
+        self._task.add_done_callback(self._ended)
 
-    @kopf.on.probe(registry=registry, id="loop")
-    async def alive(**_: Any) -> dict[str, Any]:
-        loop: Loop = running["loop"]
-        limit = MISSED_RELISTS * claas.timings.relist_seconds
-        if running["task"].done() or loop.stalled_seconds > limit:
-            raise Stalled(f"the loop has not come round for {loop.stalled_seconds:.0f} s")
-        return {"leading": loop.leader.leading(), "identity": loop.leader.identity}
+    def observe(self, kind: Kind, event: Any) -> None:
+        """An event of a watch."""
+        if self._loop is not None:
+            self._loop.observe(kind, event)
 
-    def watch(kind: Kind) -> None:
-        @kopf.on.event(*_RESOURCES[kind], registry=registry, id=f"observe-{kind.value.lower()}")
-        async def observe(event: Any, **_: Any) -> None:
-            running["loop"].observe(kind, event)
+    async def alive(self, **_: Any) -> dict[str, Any]:
+        """For the liveness probe.
 
-    def ended(task: asyncio.Task[None]) -> None:
+        Raises:
+            Stalled: the loop has ended or does not come round.
+        """
+        if self._loop is None or self._task is None or self._task.done():
+            raise Stalled("the loop does not run")
+        if self._loop.stalled_seconds > MISSED_RELISTS * self._settings.timings.relist_seconds:
+            raise Stalled(f"the loop has not come round for {self._loop.stalled_seconds:.0f} s")
+        return {"leading": self._loop.leader.leading(), "identity": self._loop.leader.identity}
+
+    async def clean_up(self, **_: Any) -> None:
+        """Ends the loop, which gives the leader's Lease back."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._api is not None:
+            await self._api.close()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
+            self.failed = True
             log.critical("the loop has failed", exc_info=error)
-        stop.set()
+        self.stop.set()
 
-    claas = settings
-    for kind in Kind:
-        watch(kind)
+
+def handlers(process: Process) -> kopf.OperatorRegistry:
+    """All of kopf's handlers."""
+    registry = kopf.OperatorRegistry()
+    kopf.on.startup(registry=registry)(process.start)
+    kopf.on.cleanup(registry=registry)(process.clean_up)
+
+    kopf.on.probe(registry=registry, id="loop")(process.alive)
+    for kind, resource in _RESOURCES.items():
+        observe = functools.partial(_observe, process, kind)
+        kopf.on.event(*resource, registry=registry, id=f"observe-{kind.value.lower()}")(observe)
     return registry
+
+
+async def _observe(process: Process, kind: Kind, event: Any, **_: Any) -> None:
+    process.observe(kind, event)
 
 
 def log_as_json(level: str) -> None:
@@ -161,12 +183,14 @@ def run(settings: Settings, liveness: str | None) -> int:
     """Runs the operator until SIGTERM, or until its loop dies. The process's exit status."""
 
     async def operator() -> int:
-        stop = asyncio.Event()
-        told = asyncio.Event()
-        registry = build(settings, stop)
+        process = Process(settings)
         await kopf.operator(
-            registry=registry, standalone=True, clusterwide=True, liveness_endpoint=liveness, stop_flag=stop
+            registry=handlers(process),
+            standalone=True,
+            clusterwide=True,
+            liveness_endpoint=liveness,
+            stop_flag=process.stop,
         )
-        return 1 if stop.is_set() and not told.is_set() else 0
+        return 1 if process.failed else 0
 
     return asyncio.run(operator())

@@ -17,6 +17,7 @@ from typing import Final
 
 from claas_crds.reasons import ConditionType, Outcome, Reason, describe
 from claas_crds.request import Parent, Result
+from claas_store.uris import version_name, within
 
 from claas_operator import status
 from claas_operator.actions import (
@@ -34,7 +35,6 @@ from claas_operator.actions import (
 from claas_operator.adapters import create_jobs, plan_adapter, pods_by_job, pool_of, refuses
 from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Adapter, Request, Snapshot, parse_time, succeeded
-from claas_store.uris import version_name, within
 from claas_operator.workers import Fleet, Scope, backoff, fences, lost, pod_of, start_workers, survey
 
 # A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.

@@ -74,7 +74,8 @@ def settings_of(objects: list[Object]) -> Object:
 
 def pod_templates(objects: list[Object]) -> dict[str, Object]:
     """Every Pod template, also those in the operator's settings, by what it is of."""
-    found = {f"{o['kind']} {o['metadata']['name']}": o["spec"]["template"] for o in objects if o["kind"] in ("Deployment", "Job")}
+    workloads = [o for o in objects if o["kind"] in ("Deployment", "Job")]
+    found = {f"{o['kind']} {o['metadata']['name']}": o["spec"]["template"] for o in workloads}
     settings = settings_of(objects)
     found |= {f"pool {pool['name']}": pool["template"] for pool in settings["pools"]}
     return found | {"operations": settings["operations"]["template"]}

@@ -1,4 +1,4 @@
-"""The chart in a real API server: installed by Helm, its Pods admitted, its admission policies tried, and uninstalled."""
+"""The chart in a real API server: installed by Helm, its Pods admitted, its policies tried, and uninstalled."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ from kubectl import Kubectl
 pytestmark = pytest.mark.controlplane
 
 LIMIT_SECONDS = 60
+NOW = "2026-01-01T00:00:00Z"
 RELEASE = "trial"
+PLACE = (names.GROUP, names.VERSION, "default", names.REQUEST_PLURAL)
 JSON_PATCH = "application/json-patch+json"  # the client would send a list as a merge patch
-VALUES = ["--set", "crds.install=false,networkPolicy.enabled=true,operator.replicas=2,seaweedfs.enabled=true,teacher.podDisruptionBudget=true"]
+VALUES = [
+    *("--set", "crds.install=false,networkPolicy.enabled=true,operator.replicas=2"),
+    *("--set", "seaweedfs.enabled=true,teacher.podDisruptionBudget=true"),
+]
 
 
 def until(what: str, ask: Callable[[], Any]) -> Any:
@@ -67,10 +72,16 @@ def test_the_api_server_accepts_every_object(kubectl: Kubectl, helm: Helm, varia
     """Definitions included, each field known (strict validation)."""
     namespace = restricted_namespace(kubectl)
     text = helm.run("template", "dry", str(CHART), "--namespace", namespace, *VARIANTS[variant]).stdout
-    arguments = ("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-n", namespace)
-    accepted = kubectl(*arguments, "-f", "-", stdin=text)
+    dry = ("--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict")
+    accepted = kubectl("apply", *dry, "-n", namespace, "-f", "-", stdin=text)
     assert "distillrequests.claas.dev serverside-applied" in accepted
     assert "deployment.apps/dry-operator serverside-applied" in accepted
+
+
+def pod_of(template: Object, name: str) -> Object:
+    """A Pod made from a template, as a controller makes it."""
+    metadata = {"name": name, "labels": template["metadata"]["labels"]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -80,7 +91,7 @@ def test_the_api_server_admits_every_pod(kubectl: Kubectl, helm: Helm, variant: 
     for account in ("operator", "worker", "operation", "teacher"):
         kubectl("create", "serviceaccount", f"claas-{account}", "-n", namespace)
     for name, template in pod_templates(helm.render(*VARIANTS[variant])).items():
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", "labels": template["metadata"]["labels"]}, "spec": template["spec"]}
+        pod = pod_of(template, "x")
         arguments = ("create", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", "-")
         assert "pod/x created" in kubectl(*arguments, stdin=json.dumps(pod)), name
 
@@ -96,11 +107,15 @@ def test_every_deployment_and_job_gets_its_pods(kubectl: Kubectl, namespace: str
 
 def test_generated_credentials_survive_an_upgrade(kubectl: Kubectl, namespace: str) -> None:
     before = kubectl.get("secret", f"{RELEASE}-storage", "-n", namespace)["data"]
-    kubectl.helm("upgrade", RELEASE, str(CHART), "--namespace", namespace, *VALUES, "--set", "poolDefaults.maxWorkers=4")
+    changed = ("--set", "poolDefaults.maxWorkers=4")
+    kubectl.helm("upgrade", RELEASE, str(CHART), "--namespace", namespace, *VALUES, *changed)
     assert kubectl.get("secret", f"{RELEASE}-storage", "-n", namespace)["data"] == before
 
 
-Patch = Callable[[str, Object], None]
+def worker_template() -> Object:
+    """The Pod template of the release's pool."""
+    objects = Helm(programs.ensure_kubectl() / "helm").render("--set", "crds.install=false", release=RELEASE)
+    return pod_templates(objects)["pool l40s"]
 
 
 class Worker:
@@ -108,15 +123,9 @@ class Worker:
 
     def __init__(self, kubectl: Kubectl, namespace: str, url: str) -> None:
         self.kubectl, self.namespace, self.name = kubectl, namespace, f"worker-{uuid.uuid4().hex[:6]}"
-        (template,) = [t for n, t in pod_templates(self._rendered()).items() if n.startswith("pool ")]
-        kubectl.apply(
-            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": self.name}, "spec": template["spec"]}, namespace=namespace
-        )
+        kubectl.apply(pod_of(worker_template(), self.name), namespace=namespace)
         bound = ("--bound-object-kind", "Pod", "--bound-object-name", self.name)
         self.client = as_token(kubectl, url, kubectl("create", "token", f"{RELEASE}-worker", "-n", namespace, *bound))
-
-    def _rendered(self) -> list[Object]:
-        return Helm(programs.ensure_kubectl() / "helm").render("--set", "crds.install=false", release=RELEASE)
 
 
 def as_token(kubectl: Kubectl, url: str, token: str) -> kubernetes.client.ApiClient:
@@ -135,19 +144,15 @@ def workers(kubectl: Kubectl, control_plane: ControlPlane, namespace: str) -> li
     made = [Worker(kubectl, namespace, control_plane.url) for _ in range(2)]
     probe = request_bound_to(kubectl, "nobody")
 
-    def denied() -> bool:
+    def denied(words: str, act: Callable[..., Any], *arguments: Any) -> bool:
         try:
-            patch(made[0].client, probe, {"progress": {"phase": "Loading", "at": "2026-01-01T00:00:00Z"}})
+            act(*arguments)
         except kubernetes.client.ApiException as error:
-            return "not bound to Pod" in error.body
+            return words in error.body
         return False
 
-    until("the admission policy", denied)
-
-    def lease_denied() -> bool:
-        return "only the Lease" in refused(lambda: put_lease(made[0], f"probe-{uuid.uuid4().hex[:6]}"))
-
-    until("the admission policy of Leases", lease_denied)
+    until("the policy of requests", lambda: denied("not bound to Pod", patch, made[0].client, probe, PROGRESS))
+    until("the policy of Leases", lambda: denied("only the Lease", put_lease, made[0], f"probe-{uuid.uuid4().hex[:6]}"))
     return made
 
 
@@ -155,39 +160,55 @@ def request_bound_to(kubectl: Kubectl, worker: str) -> str:
     """A request of the namespace `default`, bound as the operator does it; returns its name."""
     name = f"r-{uuid.uuid4().hex[:8]}"
     spec = {"loraUri": "s3://adapters/default/a/", "samples": [{"prompt": "p", "response": "r"}]}
-    kubectl.apply({"apiVersion": names.API_VERSION, "kind": names.REQUEST_KIND, "metadata": {"name": name}, "spec": spec}, namespace="default")
+    made = {"apiVersion": names.API_VERSION, "kind": names.REQUEST_KIND, "metadata": {"name": name}, "spec": spec}
+    kubectl.apply(made, namespace="default")
     status = {"worker": worker, "attempt": 1, "state": "Assigned", "parent": {"uri": "s3://adapters/default/a/"}}
-    kubectl("patch", "dr", name, "-n", "default", "--subresource=status", "--type=merge", "-p", json.dumps({"status": status}))
+    write_status(kubectl, name, "merge", {"status": status})
     return name
+
+
+def write_status(kubectl: Kubectl, name: str, kind: str, body: Any) -> None:
+    """Patch the request's status as a cluster admin."""
+    kubectl("patch", "dr", name, "-n", "default", "--subresource=status", f"--type={kind}", "-p", json.dumps(body))
 
 
 def patch(client: kubernetes.client.ApiClient, name: str, status: Object) -> Object:
     """Write fields of the request's status as `client`, by JSON Patch as workers do; None removes one."""
-    operations = [
-        {"op": "remove", "path": f"/status/{field}"} if value is None else {"op": "add", "path": f"/status/{field}", "value": value}
-        for field, value in status.items()
-    ]
+    return json_patch(
+        client,
+        name,
+        *(
+            {"op": "remove", "path": f"/status/{field}"}
+            if value is None
+            else {"op": "add", "path": f"/status/{field}", "value": value}
+            for field, value in status.items()
+        ),
+    )
+
+
+def json_patch(client: kubernetes.client.ApiClient, name: str, *operations: Object) -> Object:
+    """A JSON Patch of the request's status subresource as `client`."""
     api = kubernetes.client.CustomObjectsApi(client)
-    place = (names.GROUP, names.VERSION, "default", names.REQUEST_PLURAL, name)
-    answer: Object = api.patch_namespaced_custom_object_status(*place, operations, _content_type=JSON_PATCH)
+    answer: Object = api.patch_namespaced_custom_object_status(
+        *PLACE, name, list(operations), _content_type=JSON_PATCH, _request_timeout=10
+    )
     return answer
 
 
-def refused(act: Callable[[], Any]) -> str:
-    """The API server's words when it refuses with 403; empty when it does not refuse."""
-    try:
-        act()
-    except kubernetes.client.ApiException as error:
-        assert error.status == 403, error
-        return str(json.loads(error.body)["message"])
-    return ""
+def refused(act: Callable[..., Any], *arguments: Any, **more: Any) -> str:
+    """What the API server says when it refuses the call (403); anything else fails the test."""
+    with pytest.raises(kubernetes.client.ApiException) as caught:
+        act(*arguments, **more)
+    assert caught.value.status == 403, caught.value
+    return str(json.loads(caught.value.body)["message"])
 
 
-PROGRESS = {"progress": {"phase": "Loading", "at": "2026-01-01T00:00:00Z"}}
+COMPLETE = {"type": "Complete", "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": NOW}
+PROGRESS = {"progress": {"phase": "Loading", "at": NOW}}
 
 
 def claim(worker: str) -> Object:
-    return {"claim": {"worker": worker, "attempt": 1, "at": "2026-01-01T00:00:00Z"}}
+    return {"claim": {"worker": worker, "attempt": 1, "at": NOW}}
 
 
 def test_a_worker_writes_claim_progress_and_result_of_its_own_requests(kubectl: Kubectl, workers: list[Worker]) -> None:
@@ -195,11 +216,11 @@ def test_a_worker_writes_claim_progress_and_result_of_its_own_requests(kubectl: 
     name = request_bound_to(kubectl, mine.name)
     patch(mine.client, name, claim(mine.name))
     patch(mine.client, name, PROGRESS)
-    result = {"attempt": 1, "outcome": "Failed", "reason": "InternalError", "at": "2026-01-01T00:00:00Z"}
+    result = {"attempt": 1, "outcome": "Failed", "reason": "InternalError", "at": NOW}
     after = patch(mine.client, name, {"result": result})["status"]
     assert after["claim"]["worker"] == after["worker"] == mine.name
     assert after["result"]["reason"] == "InternalError"
-    assert patch(mine.client, name, {"progress": None})["status"].get("progress") is None  # what is its own it may also clear
+    assert "progress" not in patch(mine.client, name, {"progress": None})["status"]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +233,7 @@ def test_a_worker_writes_claim_progress_and_result_of_its_own_requests(kubectl: 
         {"loraUri": "s3://adapters/default/stolen/"},
         {"parent": {"uri": "s3://adapters/default/b/"}},
         {"parent": None},
-        {"conditions": [{"type": "Complete", "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}]},
+        {"conditions": [COMPLETE]},
         {**PROGRESS, "attempt": 2},
     ],
     ids=lambda status: json.dumps(status)[:40],
@@ -221,25 +242,24 @@ def test_a_worker_writes_nothing_else(kubectl: Kubectl, workers: list[Worker], s
     mine, _ = workers
     name = request_bound_to(kubectl, mine.name)
     before = kubectl.get("dr", name, "-n", "default")["status"]
-    assert "may write only status.claim, status.progress and status.result" in refused(lambda: patch(mine.client, name, status))
+    said = refused(patch, mine.client, name, status)
+    assert "may write only status.claim, status.progress and status.result" in said
     assert kubectl.get("dr", name, "-n", "default")["status"] == before
 
 
 def test_a_worker_may_not_touch_another_workers_request(kubectl: Kubectl, workers: list[Worker]) -> None:
     mine, other = workers
     name = request_bound_to(kubectl, mine.name)
-    assert f"not bound to Pod {other.name}" in refused(lambda: patch(other.client, name, claim(other.name)))
-    assert f"not bound to Pod {other.name}" in refused(lambda: patch(other.client, name, {"worker": other.name}))
+    assert f"not bound to Pod {other.name}" in refused(patch, other.client, name, claim(other.name))
+    assert f"not bound to Pod {other.name}" in refused(patch, other.client, name, {"worker": other.name})
 
 
 def test_a_request_that_is_bound_to_nobody_is_nobodys(kubectl: Kubectl, workers: list[Worker]) -> None:
     name = request_bound_to(kubectl, "somebody")
-    kubectl("patch", "dr", name, "-n", "default", "--subresource=status", "--type=json", "-p", '[{"op": "remove", "path": "/status"}]')
-    api = kubernetes.client.CustomObjectsApi(workers[0].client)
-    place = (names.GROUP, names.VERSION, "default", names.REQUEST_PLURAL, name)
+    write_status(kubectl, name, "json", [{"op": "remove", "path": "/status"}])
     for status in (claim(workers[0].name), {"worker": workers[0].name}):
         operation = {"op": "add", "path": "/status", "value": status}
-        assert "not bound to Pod" in refused(lambda o=operation: api.patch_namespaced_custom_object_status(*place, [o], _content_type=JSON_PATCH))
+        assert "not bound to Pod" in refused(json_patch, workers[0].client, name, operation)
 
 
 def test_a_token_without_a_pod_writes_nothing(
@@ -247,22 +267,21 @@ def test_a_token_without_a_pod_writes_nothing(
 ) -> None:
     stolen = as_token(kubectl, control_plane.url, kubectl("create", "token", f"{RELEASE}-worker", "-n", namespace))
     name = request_bound_to(kubectl, workers[0].name)
-    assert "only a token bound to a Pod" in refused(lambda: patch(stolen, name, claim(workers[0].name)))
+    assert "only a token bound to a Pod" in refused(patch, stolen, name, claim(workers[0].name))
 
 
 def test_a_worker_changes_no_spec_and_creates_nothing(kubectl: Kubectl, workers: list[Worker]) -> None:
     mine, _ = workers
     name = request_bound_to(kubectl, mine.name)
     api = kubernetes.client.CustomObjectsApi(mine.client)
-    place = (names.GROUP, names.VERSION, "default", names.REQUEST_PLURAL)
-    cancel = [{"op": "add", "path": "/spec/cancel", "value": True}]
-    assert "cannot patch resource" in refused(lambda: api.patch_namespaced_custom_object(*place, name, cancel, _content_type=JSON_PATCH))
+    cancel = {"spec": {"cancel": True}}
+    assert "cannot patch resource" in refused(api.patch_namespaced_custom_object, *PLACE, name, cancel)
     body = kubectl.get("dr", name, "-n", "default")
-    assert "cannot create resource" in refused(lambda: api.create_namespaced_custom_object(*place, body))
-    assert "cannot delete resource" in refused(lambda: api.delete_namespaced_custom_object(*place, name))
-    core = kubernetes.client.CoreV1Api(mine.client)
-    assert "cannot list resource" in refused(lambda: core.list_namespaced_secret("default"))
-    assert "cannot list resource" in refused(lambda: core.list_namespaced_secret(mine.namespace))
+    assert "cannot create resource" in refused(api.create_namespaced_custom_object, *PLACE, body)
+    assert "cannot delete resource" in refused(api.delete_namespaced_custom_object, *PLACE, name)
+    secrets = kubernetes.client.CoreV1Api(mine.client).list_namespaced_secret
+    assert "cannot list resource" in refused(secrets, "default")
+    assert "cannot list resource" in refused(secrets, mine.namespace)
 
 
 def test_the_operator_writes_the_whole_status(
@@ -272,7 +291,7 @@ def test_the_operator_writes_the_whole_status(
     operator = as_token(kubectl, control_plane.url, token)
     name = request_bound_to(kubectl, workers[0].name)
     assert patch(operator, name, {"worker": workers[1].name, "attempt": 2})["status"]["attempt"] == 2
-    assert "cannot list resource" in refused(lambda: kubernetes.client.CoreV1Api(operator).list_namespaced_secret(namespace))
+    assert "cannot list resource" in refused(kubernetes.client.CoreV1Api(operator).list_namespaced_secret, namespace)
 
 
 def put_lease(worker: Worker, name: str) -> Any:
@@ -288,13 +307,10 @@ def test_a_worker_holds_its_own_lease_and_no_other(kubectl: Kubectl, workers: li
     made.spec.holder_identity = "me"
     leases.replace_namespaced_lease(mine.name, mine.namespace, made)
     put_lease(other, other.name)
-    for victim in (other.name, f"{RELEASE}-operator"):
-        body = {"spec": {"holderIdentity": "thief"}}
-        if victim == other.name:
-            assert "only the Lease" in refused(lambda v=victim: leases.patch_namespaced_lease(v, mine.namespace, body))
-            assert "only the Lease" in refused(lambda v=victim: leases.delete_namespaced_lease(v, mine.namespace))
-        else:
-            assert "only the Lease" in refused(lambda v=victim: put_lease(mine, v))
+    theft = {"spec": {"holderIdentity": "thief"}}
+    assert "only the Lease" in refused(leases.patch_namespaced_lease, other.name, mine.namespace, theft)
+    assert "only the Lease" in refused(leases.delete_namespaced_lease, other.name, mine.namespace)
+    assert "only the Lease" in refused(put_lease, mine, f"{RELEASE}-operator")
     leases.delete_namespaced_lease(mine.name, mine.namespace)
 
 
@@ -305,8 +321,8 @@ def test_editors_of_a_namespace_may_ask_for_steps_and_not_write_status(kubectl: 
     admin = kubernetes.client.AuthorizationV1Api(kubernetes.config.new_client_from_config(str(kubectl.kubeconfig)))
 
     def can(role: str, verb: str, resource: str, subresource: str = "") -> bool:
-        what = {"namespace": namespace, "group": names.GROUP, "verb": verb, "resource": resource, "subresource": subresource}
-        review = {"spec": {"user": f"{role}-user", "resourceAttributes": what}}
+        what = {"namespace": namespace, "group": names.GROUP, "resource": resource, "subresource": subresource}
+        review = {"spec": {"user": f"{role}-user", "resourceAttributes": {**what, "verb": verb}}}
         return bool(admin.create_subject_access_review(review).status.allowed)
 
     until("aggregation", lambda: can("edit", "create", "distillrequests"))
@@ -320,13 +336,13 @@ def test_editors_of_a_namespace_may_ask_for_steps_and_not_write_status(kubectl: 
 def test_nothing_but_data_outlives_an_uninstall(kubectl: Kubectl, namespace: str, workers: list[Worker]) -> None:
     """A worker's Job goes with the operator's Deployment, which owns it. The last test here: it ends the release."""
     deployment = kubectl.get("deployment", f"{RELEASE}-operator", "-n", namespace)
-    owner = {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"], "uid": deployment["metadata"]["uid"]}
-    (template,) = [t for n, t in pod_templates(workers[0]._rendered()).items() if n.startswith("pool ")]
+    owner = {"apiVersion": "apps/v1", "kind": "Deployment", "name": f"{RELEASE}-operator"}
+    owner["uid"] = deployment["metadata"]["uid"]
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"name": f"{RELEASE}-l40s-1", "ownerReferences": [owner]},
-        "spec": {"backoffLimit": 0, "template": template},
+        "spec": {"backoffLimit": 0, "template": worker_template()},
     }
     kubectl.apply(job, namespace=namespace)
     until("the worker's Pod", lambda: kubectl.get("pods", "-n", namespace, "-l", f"job-name={RELEASE}-l40s-1"))
@@ -334,10 +350,12 @@ def test_nothing_but_data_outlives_an_uninstall(kubectl: Kubectl, namespace: str
         kubectl("delete", "pod", worker.name, "-n", namespace, "--grace-period=0", "--force")
 
     kubectl.helm("uninstall", RELEASE, "--namespace", namespace)
-    kinds = "deployments,replicasets,jobs,pods,services,configmaps,secrets,poddisruptionbudgets,networkpolicies,roles,rolebindings"
+    workloads = "deployments,replicasets,jobs,pods,services,poddisruptionbudgets,networkpolicies"
+    kinds = f"{workloads},configmaps,secrets,serviceaccounts,roles,rolebindings"
     ours = f"app.kubernetes.io/instance={RELEASE}"
     until("the end of everything", lambda: not kubectl.get(kinds, "-n", namespace, "-l", ours))
     assert not kubectl.get("clusterroles,clusterrolebindings,validatingadmissionpolicies", "-l", ours)
     claims = kubectl.get("persistentvolumeclaims", "-n", namespace, "-l", ours)
-    assert [claim["metadata"]["name"] for claim in claims if "deletionTimestamp" not in claim["metadata"]] == [f"{RELEASE}-seaweedfs"]
+    kept = [claim["metadata"]["name"] for claim in claims if "deletionTimestamp" not in claim["metadata"]]
+    assert kept == [f"{RELEASE}-seaweedfs"]
     assert kubectl.get("crd", "distillrequests.claas.dev")

@@ -54,6 +54,19 @@ def test_the_schema_covers_every_value() -> None:
     assert _keys(schema, schema) - {"global"} == _keys_of(values)
 
 
+# Maps whose keys are the user's, or Kubernetes'.
+FREE = {
+    "affinity",
+    "annotations",
+    "nodeSelector",
+    "podAnnotations",
+    "podLabels",
+    "podSecurityContext",
+    "resources",
+    "timings",
+}
+
+
 def _keys(node: dict[str, object], schema: dict[str, object], path: str = "") -> set[str]:
     """Every dotted key that the schema knows; a pool's own are those of poolDefaults."""
     if isinstance(ref := node.get("$ref"), str):
@@ -66,8 +79,7 @@ def _keys(node: dict[str, object], schema: dict[str, object], path: str = "") ->
 
 
 def _keys_of(value: object, path: str = "") -> set[str]:
-    free = {"nodeSelector", "affinity", "annotations", "resources", "podSecurityContext", "timings", "podLabels", "podAnnotations"}
-    if not isinstance(value, dict) or path.split(".")[-1] in free:
+    if not isinstance(value, dict) or path.split(".")[-1] in FREE:
         return set()
     found: set[str] = set()
     for name, child in value.items():

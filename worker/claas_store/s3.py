@@ -29,7 +29,15 @@ from botocore.exceptions import (
 )
 
 from claas_store import uris
-from claas_store.errors import AlreadyExists, NotFound, StorageDenied, StorageUnavailable, StoreError, TooLarge, UriInvalid
+from claas_store.errors import (
+    AlreadyExists,
+    NotFound,
+    StorageDenied,
+    StorageUnavailable,
+    StoreError,
+    TooLarge,
+    UriInvalid,
+)
 from claas_store.limits import MAX_OBJECT_BYTES
 
 if TYPE_CHECKING:
@@ -46,7 +54,15 @@ CHUNK_BYTES: Final = 2**20
 T = TypeVar("T")
 
 _TOKEN = "claas-put"
-_UNAVAILABLE_CODES = {"NoSuchBucket", "RequestTimeout", "SlowDown", "Throttling", "ConditionalRequestConflict", "OperationAborted", "NoSuchUpload"}
+_UNAVAILABLE_CODES = {
+    "NoSuchBucket",
+    "RequestTimeout",
+    "SlowDown",
+    "Throttling",
+    "ConditionalRequestConflict",
+    "OperationAborted",
+    "NoSuchUpload",
+}
 _CREDENTIAL_CODES = {"ExpiredToken", "InvalidToken", "AuthorizationHeaderMalformed"}
 
 
@@ -135,7 +151,9 @@ class S3Store:
         with self._errors(location.folder_uri):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=location.bucket, Prefix=below)
             return sorted(
-                (f"s3://{location.bucket}/{entry['Key']}", entry["Size"]) for page in pages for entry in page.get("Contents", [])
+                (f"s3://{location.bucket}/{entry['Key']}", entry["Size"])
+                for page in pages
+                for entry in page.get("Contents", [])
             )
 
     def _write(self, send: Callable[[], object], bucket: str, key: str, token: str) -> None:

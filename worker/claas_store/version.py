@@ -30,7 +30,14 @@ from pydantic import Field, JsonValue, StringConstraints, ValidationError
 
 from claas_store import uris
 from claas_store.errors import AlreadyExists, NotFound, VersionInvalid
-from claas_store.limits import MAX_ADAPTER_BYTES, MAX_CONFIG_BYTES, MAX_FILES, MAX_MANIFEST_BYTES, MAX_OBJECT_BYTES, MAX_OPTIMIZER_BYTES
+from claas_store.limits import (
+    MAX_ADAPTER_BYTES,
+    MAX_CONFIG_BYTES,
+    MAX_FILES,
+    MAX_MANIFEST_BYTES,
+    MAX_OBJECT_BYTES,
+    MAX_OPTIMIZER_BYTES,
+)
 from claas_store.stores import Store, open_store
 
 MANIFEST: Final = "claas.json"
@@ -74,7 +81,9 @@ class Manifest(StatusModel):
     schema_version: Literal[1] = 1
     base_model: str = Field(max_length=253)
     parent: ParentVersion | None = Field(None, description="Absent for an adapter's first version.")
-    adapter_uid: str = Field("", max_length=64, description="Of a first version: the LoraAdapter that it was created for.")
+    adapter_uid: str = Field(
+        "", max_length=64, description="Of a first version: the LoraAdapter that it was created for."
+    )
     request_uid: str = Field("", max_length=64, description="Of a later one: the DistillRequest that made it.")
     attempt: int = Field(1, ge=1)
     files: dict[FileName, FileDigest] = Field(default_factory=dict, max_length=MAX_FILES)
@@ -136,7 +145,9 @@ def read_version(uri: str, *, adopt: bool = False, base_model: str = "") -> Vers
         reads = {name: threads.submit(_read_file, store, uri, name, known) for name, known in manifest.files.items()}
         files = {name: read.result() for name, read in reads.items()}
     optimizer = parse_optimizer(files[OPTIMIZER], uri) if OPTIMIZER in files else None
-    return Version(uri, manifest, digest, parse_config(files[CONFIG], uri), parse_adapter(files[ADAPTER], uri), optimizer)
+    return Version(
+        uri, manifest, digest, parse_config(files[CONFIG], uri), parse_adapter(files[ADAPTER], uri), optimizer
+    )
 
 
 def read_peft_folder(uri: str) -> tuple[dict[str, Any], Tensors, str]:
@@ -195,7 +206,12 @@ def encode(config: Mapping[str, Any], tensors: Tensors, optimizer: OptimizerStat
     files = {CONFIG: _json(config), ADAPTER: safetensors.numpy.save(_float32(tensors), {"format": "pt"})}
     parse_config(files[CONFIG], "the new version")
     if optimizer is not None:
-        header = {"schemaVersion": 1, "step": optimizer.step, "rank": optimizer.rank, "targetModules": [*optimizer.target_modules]}
+        header = {
+            "schemaVersion": 1,
+            "step": optimizer.step,
+            "rank": optimizer.rank,
+            "targetModules": [*optimizer.target_modules],
+        }
         moments = {f"{name}.exp_avg": value for name, value in optimizer.exp_avg.items()}
         moments |= {f"{name}.exp_avg_sq": value for name, value in optimizer.exp_avg_sq.items()}
         files[OPTIMIZER] = safetensors.numpy.save(_float32(moments), {"format": "pt", _HEADER_KEY: json.dumps(header)})
@@ -211,7 +227,9 @@ def put_manifest(store: Store, uri: str, manifest: Manifest, files: Mapping[str,
     Raises:
         AlreadyExists: it exists.
     """
-    digests = {name: FileDigest(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in files.items()}
+    digests = {
+        name: FileDigest(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in files.items()
+    }
     filled = manifest.model_copy(update={"files": digests, "code_version": code_version(), "created_at": _now()})
     data = _json(filled.model_dump(by_alias=True, exclude_none=True, mode="json"))
     store.put(uris.join(uri, MANIFEST), data)

@@ -317,7 +317,7 @@ operations:
   modelDir: {{ include "claas.studentPath" . }}
   backoffLimit: {{ .Values.operations.backoffLimit }}
   ttlSecondsAfterFinished: {{ .Values.operations.ttlSecondsAfterFinished }}
-  activeDeadlineSeconds: {{ .Values.operations.activeDeadlineSeconds }}
+  activeDeadlineSeconds: {{ add .Values.operations.activeDeadlineSeconds (.Values.fetch.enabled | ternary .Values.fetch.waitSeconds 0) }}
   template:
     {{- include "claas.operationTemplate" . | trim | nindent 4 }}
 {{- with .Values.operator.timings }}

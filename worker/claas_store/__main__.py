@@ -1,0 +1,142 @@
+"""`python -m claas_store`: the operations that need no GPU, as Jobs and init containers run them.
+
+The last act of every command is its answer, one JSON object of at most 4 KiB, on stdout and, where there is one, in the
+container's termination log, from which the operator reads it. Exit code 0 says that it is ok, 1 that it is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from claas_crds.adapter import Lora
+from claas_crds.reasons import Reason
+from pydantic import ValidationError
+
+from claas_store import models, uris
+from claas_store.create import create_adapter, init_adapter
+from claas_store.errors import ArgumentInvalid, StoreError
+from claas_store.stores import open_store
+from claas_store.version import Version, read_version
+
+TERMINATION_LOG: Final = "/dev/termination-log"
+ANSWER_BYTES: Final = 4096  # what Kubernetes keeps
+MESSAGE_CHARACTERS: Final = 1024  # what a condition takes
+
+log = logging.getLogger("claas_store")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and answers; the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        answer = {"ok": True, **_run(_parser().parse_args(arguments))}
+    except StoreError as error:
+        answer = failure(error.reason, str(error), error.retryable)
+    except Exception as error:
+        # Nobody foresaw it, so the log gets all of it, and the operator the fact.
+        _answer(failure(Reason.INTERNAL_ERROR, f"{type(error).__name__}; the log of the Job says more", True))
+        raise
+    _answer(answer)
+    return 0 if answer["ok"] else 1
+
+
+def failure(reason: Reason, message: str, retryable: bool) -> dict[str, Any]:
+    """The answer of a command that failed."""
+    return {"ok": False, "reason": reason.value, "message": message[:MESSAGE_CHARACTERS], "retryable": retryable}
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    match options.command:
+        case "create":
+            return _outcome(_create(options))
+        case "show":
+            version = read_version(options.uri)
+            print(version.manifest.model_dump_json(by_alias=True, exclude_none=True, indent=2))
+            return _outcome(version)
+        case "list":
+            uri = uris.parse(options.uri).folder_uri
+            for found, size in open_store(uri).list(uri):
+                print(f"{size:>14} {found}")
+            return {"uri": uri}
+        case "fetch-model":
+            models.fetch_model(options.source, options.target)
+            return {"target": str(options.target)}
+        case "wait-model":
+            models.wait_model(options.target, options.timeout)
+            return {"target": str(options.target)}
+    raise AssertionError(options.command)
+
+
+def _create(options: argparse.Namespace) -> Version:
+    try:
+        lora = Lora(r=options.r, alpha=options.alpha, target_modules=options.target_modules.split(","))
+    except ValidationError as error:
+        fields = ", ".join(str(problem["loc"][0]) for problem in error.errors())
+        raise ArgumentInvalid(f"spec.lora is out of bounds: {fields}") from None
+    if options.init_from:
+        return init_adapter(options.uri, options.base_model, options.init_from, lora, options.adapter_uid)
+    return create_adapter(options.uri, options.base_model, options.model_dir, lora, options.adapter_uid)
+
+
+def _outcome(version: Version) -> dict[str, Any]:
+    return {"uri": version.uri, "version": uris.version_name(version.uri), "sha256": version.manifest_sha256}
+
+
+def _answer(answer: dict[str, Any]) -> None:
+    data = json.dumps(answer).encode()
+    while len(data) > ANSWER_BYTES:  # escapes make a message longer than its characters
+        answer = {**answer, "message": answer["message"][: len(answer["message"]) // 2]}
+        data = json.dumps(answer).encode()
+    print(data.decode(), flush=True)
+    path = os.environ.get("CLAAS_TERMINATION_LOG") or TERMINATION_LOG
+    if os.environ.get("CLAAS_TERMINATION_LOG") or os.path.exists(path):
+        Path(path).write_bytes(data)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad arguments are an answer too: whoever made the Job must learn of them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise ArgumentInvalid(f"{self.prog}: {message}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="claas_store", description="Adapter versions in an object store or a folder, and model folders."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    create = commands.add_parser("create", help="write an adapter's first version")
+    create.add_argument("--uri", required=True, help="spec.storage.uri")
+    create.add_argument("--base-model", required=True, help="hub id of the base model")
+    create.add_argument("--model-dir", type=Path, required=True, help="folder of the base model")
+    create.add_argument("--r", type=int, required=True, help="rank")
+    create.add_argument("--alpha", type=float, required=True, help="scaling numerator")
+    create.add_argument("--target-modules", required=True, help="comma-separated")
+    create.add_argument("--adapter-uid", required=True, help="uid of the LoraAdapter; seeds the weights")
+    create.add_argument("--init-from", default="", help="spec.initFrom.uri: adopt or fork instead")
+
+    show = commands.add_parser("show", help="verify a version and print its manifest")
+    show.add_argument("uri")
+    listing = commands.add_parser("list", help="objects below a folder, with their sizes")
+    listing.add_argument("uri")
+
+    fetch = commands.add_parser("fetch-model", help="fill a model folder, once")
+    fetch.add_argument("--source", required=True, help="hub:ID[@REVISION], s3://BUCKET/PATH/ or file:///PATH/")
+    fetch.add_argument("--target", type=Path, required=True)
+    wait = commands.add_parser("wait-model", help="wait until a model folder is complete")
+    wait.add_argument("--target", type=Path, required=True)
+    wait.add_argument("--timeout", type=float, default=3600, help="seconds")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""An adapter's first version: fresh with no effect, adopted where it lies, or forked from another adapter.
+
+Needs neither torch nor the model's weights in memory: shapes come from the headers of the base model's safetensors
+files. Fresh weights depend on the LoraAdapter's uid and a module's name alone, so a creation that was killed is
+finished, byte by byte, by the next try.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from claas_crds.adapter import Lora
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from claas_store import uris
+from claas_store.errors import AlreadyExists, ArgumentInvalid, NotFound, Occupied, VersionInvalid
+from claas_store.stores import Store, open_store
+from claas_store.version import (
+    Manifest,
+    OptimizerState,
+    ParentVersion,
+    Tensors,
+    Version,
+    encode,
+    find_manifest,
+    put_manifest,
+    read_peft_folder,
+    read_version,
+)
+
+_INDEX = "model.safetensors.index.json"
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings")
+_PREFIX = "base_model.model."  # what PEFT puts before a module's name
+
+
+def create_adapter(uri: str, base_model_id: str, model_dir: Path, lora: Lora, adapter_uid: str) -> Version:
+    """Writes a zero-effect LoRA adapter: A uniform as PEFT initialises it (kaiming, a = sqrt 5), B zero.
+
+    Again for the same LoraAdapter it succeeds: it finds its version, or finishes what a killed try began.
+
+    Args:
+        base_model_id: hub id, kept in the config and the manifest.
+        model_dir: the base model's folder: `config.json` and `*.safetensors`.
+        adapter_uid: the LoraAdapter's, the seed of the weights.
+
+    Raises:
+        ArgumentInvalid: the folder holds no such model, or target modules match none of its layers.
+        Occupied: something else lies at `uri`.
+        UriInvalid, StorageUnavailable, StorageDenied, VersionInvalid: see `Store` and `read_version`.
+    """
+    uri = uris.normalise(uri)
+    manifest = Manifest(base_model=base_model_id, adapter_uid=adapter_uid)
+    config = peft_config(base_model_id, lora)
+    if version := _existing(uri, manifest):
+        return version
+    shapes = linear_shapes(model_dir, lora.target_modules)
+    return _write(uri, config, fresh_tensors(shapes, lora.r, adapter_uid), None, manifest)
+
+
+def init_adapter(uri: str, base_model_id: str, source_uri: str, lora: Lora, adapter_uid: str) -> Version:
+    """An adapter's first version from a PEFT folder or another adapter's version: adopted if it lies at `uri` itself,
+    otherwise copied there, optimizer state included.
+
+    Raises:
+        NotFound: nothing lies at `source_uri`.
+        VersionInvalid: it is broken, or does not fit `lora` or the base model.
+        Occupied: something else lies at `uri`.
+        UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
+    """
+    uri, source_uri = uris.normalise(uri), uris.normalise(source_uri)
+    if uri == source_uri:
+        adopted = read_version(uri, adopt=True, base_model=base_model_id)
+        _check_fits(adopted.uri, adopted.config, adopted.manifest.base_model, base_model_id, lora)
+        return adopted
+    optimizer: OptimizerState | None = None
+    if find_manifest(source_uri):
+        source = read_version(source_uri)
+        config, tensors, optimizer, digest = source.config, source.tensors, source.optimizer, source.manifest_sha256
+        _check_fits(source_uri, config, source.manifest.base_model, base_model_id, lora)
+    else:
+        config, tensors, digest = read_peft_folder(source_uri)
+        _check_fits(source_uri, config, "", base_model_id, lora)
+    parent = ParentVersion(uri=source_uri, sha256=digest)
+    manifest = Manifest(base_model=base_model_id, adapter_uid=adapter_uid, parent=parent)
+    return _existing(uri, manifest) or _write(uri, config, tensors, optimizer, manifest)
+
+
+def peft_config(base_model_id: str, lora: Lora) -> dict[str, Any]:
+    """`adapter_config.json`: the fields of PEFT's LoraConfig that every release since 0.10 knows, at its defaults."""
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model_id,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": lora.r,
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": sorted(lora.target_modules),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def linear_shapes(model_dir: Path, target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer whose name is one of `target_modules` or ends in `.` and one.
+
+    Raises:
+        ArgumentInvalid: no readable model there, or a target that matches nothing that can be adapted.
+    """
+    shapes = {}
+    matched = set()
+    for name, shape in _weights(model_dir).items():
+        module = name.removesuffix(".weight")
+        targets = {target for target in target_modules if module == target or module.endswith(f".{target}")}
+        if not targets or module == name or len(shape) != 2:
+            continue
+        if module.rpartition(".")[2] in _EMBEDDINGS:
+            raise ArgumentInvalid(f"spec.lora.targetModules: {sorted(targets)[0]} is an embedding, not a linear layer")
+        if ".experts." in module:
+            raise ArgumentInvalid(f"spec.lora.targetModules: {sorted(targets)[0]} matches mixture-of-experts layers")
+        shapes[module] = (shape[0], shape[1])
+        matched |= targets
+    if missing := sorted(set(target_modules) - matched):
+        raise ArgumentInvalid(
+            f"spec.lora.targetModules: {', '.join(missing)} match no linear layer of the base model; name last components"
+            " of its layers, for example q_proj"
+        )
+    return shapes
+
+
+def fresh_tensors(shapes: Mapping[str, tuple[int, int]], rank: int, seed: str) -> dict[str, NDArray[np.float32]]:
+    """LoRA weights of no effect: A (rank, in) uniform in +-1/sqrt(in), B (out, rank) zero."""
+    tensors = {}
+    for module, (rows, columns) in shapes.items():
+        generator = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{module}".encode()).digest()))
+        # kaiming_uniform_(a=sqrt(5)): bound = sqrt(6 / ((1 + a^2) * fan_in)) = 1 / sqrt(fan_in)
+        uniform = generator.random((rank, columns), dtype=np.float32)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = (2 * uniform - 1) / np.float32(np.sqrt(columns))
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.zeros((rows, rank), dtype=np.float32)
+    return tensors
+
+
+def _weights(model_dir: Path) -> dict[str, list[int]]:
+    """Shape of every tensor of the model, from the headers of its files."""
+    shapes: dict[str, list[int]] = {}
+    try:
+        if (model_dir / _INDEX).exists():
+            files = sorted(
+                {model_dir / name for name in json.loads((model_dir / _INDEX).read_text())["weight_map"].values()}
+            )
+        else:
+            files = sorted(model_dir.glob("*.safetensors"))
+        for file in files:
+            with safe_open(file, framework="numpy") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (no dict)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ArgumentInvalid(f"the base model in {model_dir} cannot be read: {type(error).__name__}") from None
+    if not shapes:
+        raise ArgumentInvalid(f"{model_dir} holds no base model: it has no *.safetensors")
+    return shapes
+
+
+def _existing(uri: str, wanted: Manifest) -> Version | None:
+    """The version at `uri` if it is the wanted one; None if there is none.
+
+    Raises:
+        Occupied: it is another's.
+    """
+    found = find_manifest(uri)
+    if found is None:
+        return None
+    identity = (found.adapter_uid, found.base_model, found.parent, found.request_uid)
+    if identity != (wanted.adapter_uid, wanted.base_model, wanted.parent, ""):
+        raise Occupied(f"{uri} already holds another adapter's version: {_way_out(uri)}")
+    return read_version(uri)
+
+
+def _write(
+    uri: str, config: dict[str, Any], tensors: Tensors, optimizer: OptimizerState | None, manifest: Manifest
+) -> Version:
+    """`write_version` for a uri that every try shares: files that are there with just these bytes are a killed try's."""
+    store = open_store(uri)
+    files = encode(config, tensors, optimizer)
+    for name, data in files.items():
+        _put_same(store, uri, name, data)
+    try:
+        written, digest = put_manifest(store, uri, manifest, files)
+    except AlreadyExists:  # another try of ours was faster, or somebody else's manifest appeared
+        version = _existing(uri, manifest)
+        if version is None:
+            raise
+        return version
+    return Version(uri, written, digest, config, tensors, optimizer)
+
+
+def _put_same(store: Store, uri: str, name: str, data: bytes) -> None:
+    target = uris.join(uri, name)
+    try:
+        store.put(target, data)
+    except AlreadyExists:
+        try:
+            same = store.get(target, max_bytes=len(data)) == data
+        except (NotFound, VersionInvalid):
+            same = False
+        if not same:
+            raise Occupied(f"{target} already exists and is not this adapter's: {_way_out(uri)}") from None
+
+
+def _way_out(uri: str) -> str:
+    return f"set spec.initFrom.uri to {uri} to go on from what is there, or choose another spec.storage.uri"
+
+
+def _check_fits(uri: str, config: dict[str, Any], base_model: str, wanted_base_model: str, lora: Lora) -> None:
+    """What the LoraAdapter says of itself must be true of what it starts from."""
+    if base_model and base_model != wanted_base_model:
+        raise VersionInvalid(f"{uri} belongs to the base model {base_model[:253]}: set spec.baseModel to it")
+    targets = config["target_modules"]
+    found = (config["r"], float(config["lora_alpha"]), sorted(targets if isinstance(targets, list) else [targets]))
+    if found != (lora.r, lora.alpha, sorted(lora.target_modules)):
+        raise VersionInvalid(
+            f"{uri} has r {found[0]}, alpha {found[1]:g} and targetModules {', '.join(found[2])[:400]}: set spec.lora to these"
+        )
