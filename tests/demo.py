@@ -102,9 +102,9 @@ def _sample(file: str) -> tuple[str, str, str]:
 def main() -> None:
     """Run the story; the cluster ends with it unless KEEP=1 or it was given."""
     started, keep = time.monotonic(), bool(os.environ.get("KEEP"))
-    where = None
+    where, given = None, bool(os.environ.get("KUBECONFIG"))
     try:
-        cluster, given = deployment.reach()
+        cluster = deployment.reach()
         where = deployment.install(cluster, given=given)
         # Left by an earlier run with KEEP=1: a demo tells its story from the start.
         where.kubectl("delete", "dr,la", "--all", "-n", USER, "--wait", seconds=120)
@@ -114,26 +114,24 @@ def main() -> None:
         print(f"\nOFF: {error}", file=sys.stderr)
         if where:
             print(where.logs(), file=sys.stderr)
-        keep = keep and where is not None
-        _end(where, keep)
+        _end(where, given, keep)
         sys.exit(1)
-    _end(where, keep)
+    _end(where, given, keep)
 
 
-def _end(where: Deployment | None, keep: bool) -> None:
-    if where is None:
-        return
-    if keep:
+def _end(where: Deployment | None, given: bool, keep: bool) -> None:
+    if keep and where:
         print(
-            f"It stays up (KEEP=1). Go on with:\n  export KUBECONFIG={where.kubectl.kubeconfig}\n"
-            f"  kubectl get la,dr -n {USER}\n  kubectl logs -n {NAMESPACE} deploy/claas-operator\n"
-            "End it with: make cluster-down" if not where.given else "It stays up (KEEP=1)."
+            f"It stays up (KEEP=1). Go on with:\n  export KUBECONFIG={where.kubectl.kubeconfig} PATH={where.tools}:$PATH\n"
+            f"  kubectl get la,dr -n {USER}\n  kubectl logs -n {NAMESPACE} deploy/claas-operator"
         )
-    elif where.given:
-        deployment.uninstall(where)
-    else:
+        if not given:
+            print("End it with: make cluster-down")
+    elif not keep and not given:
         nodes.down()
         say("the cluster is down")
+    elif not keep and where:
+        deployment.uninstall(where)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class Deployment:
 
     kubectl: Kubectl
     given: bool
+    tools: Path
 
     @contextlib.contextmanager
     def store(self) -> Iterator[None]:
@@ -76,11 +77,11 @@ def say(message: str) -> None:
     bootstrap.say(message)
 
 
-def reach() -> tuple[Cluster, bool]:
-    """The cluster that KUBECONFIG names, or our own, started or reused; and whether it was given."""
+def reach() -> Cluster:
+    """The cluster that KUBECONFIG names, or our own, started or reused."""
     if given := os.environ.get("KUBECONFIG"):
-        return Cluster(Path(given), programs.ensure_kubectl(), Path("/nonexistent")), True
-    return nodes.up(), False
+        return Cluster(Path(given), programs.ensure_kubectl(), Path("/nonexistent"))
+    return nodes.up()
 
 
 def install(cluster: Cluster, *, given: bool, overrides: dict[str, Any] | None = None) -> Deployment:
@@ -96,7 +97,7 @@ def install(cluster: Cluster, *, given: bool, overrides: dict[str, Any] | None =
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": USER}},
     )  # fmt: skip
     values = _given_values() if given else _own_values(kubectl, cluster)
-    deployment = Deployment(kubectl, given)
+    deployment = Deployment(kubectl, given, cluster.tools)
     folder = bootstrap.cache_dir() / "values"
     folder.mkdir(parents=True, exist_ok=True)
     ours, extra = folder / f"{os.getpid()}-release.yaml", folder / f"{os.getpid()}-extra.yaml"

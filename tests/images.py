@@ -23,8 +23,8 @@ from cluster.process import ClusterError, run
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("operator", "worker", "teacher")
-# vLLM compiles on a CPU at run time.
-PACKAGES = {"teacher": ("g++", "python3-dev")}
+# vLLM compiles on a CPU at run time, and binds memory to cores.
+PACKAGES = {"teacher": ("g++", "libnuma1", "python3-dev")}
 # The operator may land on either node; the others where their pool or model is.
 PLACES = {"operator": tuple(NODES), "worker": ("l40s", "a100"), "teacher": ("a100",)}
 

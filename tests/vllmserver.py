@@ -58,7 +58,11 @@ class TeacherServer:
 
 @contextlib.contextmanager
 def vllm_server(
-    model: Path, *flags: str, log: Path, environment: Mapping[str, str] | None = None, limit: float = READY_LIMIT_SECONDS
+    model: Path,
+    *flags: str,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    limit: float = READY_LIMIT_SECONDS,
 ) -> Iterator[TeacherServer]:
     """Run the teacher on `model` with vLLM's `flags`, ready when it is yielded; the whole group is gone afterwards.
 
@@ -133,5 +137,7 @@ def teacher_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Teacher
     log = tmp_path_factory.mktemp("teacher") / "log"
     # Kept between sessions: what vLLM compiles with g++ on its first scoring (12 s).
     cache = {"CLAAS_CACHE_DIR": str(models.cache_root() / "teacher")}
-    with vllm_server(models.smollm2_dir(), "--dtype", "float32", log=log, environment=cache) as server:
+    # Small steps, so that a short sample already crosses from one to the next.
+    flags = ("--dtype", "float32", "--max-num-batched-tokens", "128")
+    with vllm_server(models.smollm2_dir(), *flags, log=log, environment=cache) as server:
         yield server

@@ -53,12 +53,14 @@ class Leader:
 
     async def run(self) -> None:
         """Wins and keeps the Lease, for ever; gives it back when cancelled."""
+        told = (False, False)
         try:
             while True:
-                before, had_contact = self.leading(), self.contact_since is not None
                 await self._turn()
-                if (self.leading(), self.contact_since is not None) != (before, had_contact):
-                    log.info("leadership", extra={"leading": self.leading(), "contact": self.contact_since is not None})
+                state = (self.leading(), self.contact_since is not None)
+                if state != told:
+                    told = state
+                    log.info("leadership", extra={"leading": state[0], "contact": state[1]})
                     self._changed()
                 # The holder renews three times within its duration; the others look often enough to take over in time.
                 await asyncio.sleep(self._duration / (4 if self.leading() else 8))

@@ -35,9 +35,13 @@ def main(arguments: Sequence[str]) -> None:
     if words and not words[0].startswith("-"):
         words.insert(0, "--model")
     if find_spec("vllm") is None:
-        sys.exit("vLLM is not installed: teacher/requirements.txt is for GPUs, teacher/requirements-cpu.txt for processors")
+        sys.exit(
+            "vLLM is not installed: teacher/requirements.txt is for GPUs, teacher/requirements-cpu.txt for processors"
+        )
     if not metadata.entry_points(group="vllm.endpoint_plugins", name=PLUGIN):
-        sys.exit("the distribution `claas` is not installed beside vLLM (no entry point claas in vllm.endpoint_plugins)")
+        sys.exit(
+            "the distribution `claas` is not installed beside vLLM (no entry point claas in vllm.endpoint_plugins)"
+        )
     cpu = is_cpu_build(os.environ)
     cpus = usable_cpus(len(os.sched_getaffinity(0)))
     os.environ.update(environment_defaults(os.environ, model_of(words), cpu, cpus))
@@ -51,7 +55,9 @@ def _require_writable(cache: Path) -> None:
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError as error:
-        sys.exit(f"CLAAS_CACHE_DIR={cache} cannot be written ({error.strerror}): point it at a writable folder or volume")
+        sys.exit(
+            f"CLAAS_CACHE_DIR={cache} cannot be written ({error.strerror}): point it at a writable folder or volume"
+        )
 
 
 def _serve(words: list[str], cpu: bool) -> None:

@@ -1,8 +1,8 @@
-"""Asking the teacher: response tokens in, arrays out. numpy and httpx only; `python -m claas_teacher.client URL` shows one.
+"""Asking the teacher: response tokens in, arrays out. Needs numpy and httpx only.
 
 A call has a deadline. Within it, connection loss, 408, 425, 429 and 5xx are tried again, a bounded number of times,
 after a random wait (full jitter) or the server's own Retry-After. What another try cannot mend is raised at once, and
-what the request itself breaks is found before anything is sent.
+what the request itself breaks is found before anything is sent. `python -m claas_teacher.client URL` shows a teacher.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TeacherClient:
         attempts: int = 4,
         concurrency: int = 4,
     ) -> None:
-        """`timeout_s` bounds a call with all its tries, `read_timeout_s` one try's silence; `concurrency` samples at once."""
+        """`timeout_s` bounds a call and all its tries, `read_timeout_s` a silence, `concurrency` the samples at once."""
         base = httpx.URL(url)
         if base.scheme not in ("http", "https") or not base.host:
             raise ValueError("teacher url: expected http://HOST:PORT")
@@ -77,7 +77,9 @@ class TeacherClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -91,7 +93,7 @@ class TeacherClient:
     def score(
         self, prompt_ids: Sequence[int], response_ids: Sequence[int], k: int, *, timeout_s: float | None = None
     ) -> Scores:
-        """Log-probabilities of `response_ids` after `prompt_ids`, and of the teacher's `k` most likely ids at each position.
+        """Log-probabilities of `response_ids` after `prompt_ids`, and of the teacher's `k` most likely ids beside them.
 
         Raises:
             TeacherRefused: empty response, too long, `k` or an id beyond the teacher's (reason says which).
@@ -199,7 +201,9 @@ class TeacherClient:
             self._info = None  # another model is served now: ask again who it is
             return TeacherUnavailable(f"{self.url}{path}: HTTP 404, the teacher's model changed{text}")
         if status == httpx.codes.NOT_FOUND:
-            return TeacherUnavailable(f"{self.url}{path}: HTTP 404, is the teacher started by `python -m claas_teacher`?")
+            return TeacherUnavailable(
+                f"{self.url}{path}: HTTP 404, is the teacher started by `python -m claas_teacher`?"
+            )
         if status in REFUSED:
             return TeacherRefused(f"the teacher refused the sample: HTTP {status}{text}")
         return TeacherUnavailable(f"{self.url}{path}: HTTP {status}, check the teacher's url and its access rules")
@@ -217,12 +221,14 @@ def _check(prompt: list[int], response: list[int], k: int, info: TeacherInfo, wh
         raise TeacherRefused(f"{where}the prompt has no tokens: the first response token has nothing to follow")
     if not 1 <= k <= info.max_logprobs:
         fix = "lower it, or start the teacher with a larger --max-logprobs"
-        raise TeacherRefused(f"training.teacherTopK is {k}, the teacher gives 1 to {info.max_logprobs}: {fix}", "InvalidSpec")
-    length = len(prompt) + len(response) + 1  # vLLM must have room to generate one token
-    if length > info.max_model_len:
         raise TeacherRefused(
-            f"{where}{len(prompt)} prompt and {len(response)} response tokens do not fit the teacher's {info.max_model_len - 1}",
-            "PromptTooLong" if len(response) < info.max_model_len - 1 else "ResponseTooLong",
+            f"training.teacherTopK is {k}, the teacher gives 1 to {info.max_logprobs}: {fix}", "InvalidSpec"
+        )
+    room = info.max_model_len - 1  # vLLM generates one token
+    if len(prompt) + len(response) > room:
+        raise TeacherRefused(
+            f"{where}{len(prompt)} prompt and {len(response)} response tokens do not fit the teacher's {room}",
+            "PromptTooLong" if len(response) < room else "ResponseTooLong",
         )
     if min(min(prompt), min(response)) < 0 or max(max(prompt), max(response)) >= info.vocab_size:
         raise TeacherRefused(f"{where}an id beyond the teacher's vocabulary of {info.vocab_size}", "TokenizerMismatch")
@@ -235,7 +241,7 @@ def _retry_after(response: httpx.Response) -> float:
 
 
 def _server_message(content: bytes) -> str:
-    """vLLM's sentence about a refused request, cut short and without lists of numbers: those would be a sample's ids."""
+    """vLLM's sentence about a refused request, cut short and without lists of numbers: a sample's ids."""
     try:
         message = json.loads(content)["error"]["message"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -33,7 +33,7 @@ def is_cpu_build(environment: Mapping[str, str]) -> bool:
 
 
 def has_bf16(cpuinfo: str) -> bool:
-    """Whether the processor multiplies bf16 (AVX-512 BF16 or AMX, Arm's bf16): without, it is 6 times slower than float32."""
+    """Whether the processor multiplies bf16 (AVX-512 BF16, AMX, Arm's): else it is 6 times slower than float32."""
     return any(flag in cpuinfo.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
@@ -84,6 +84,8 @@ def environment_defaults(environment: Mapping[str, str], model: str | None, cpu:
             "OMP_NUM_THREADS": str(cpus),
             # vLLM would bind its threads to cores, one per physical core, whatever the quota and the neighbours.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # One process less between the server and the model: 20 s of imports and 0.6 GB, at the same speed.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     missing = {name: value for name, value in wanted.items() if name not in environment}
     return missing | {"VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, PLUGIN]))}

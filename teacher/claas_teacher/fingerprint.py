@@ -1,8 +1,9 @@
 """One word that tells whether two tokenizers give the same ids the same meaning; standard library only.
 
-The teacher publishes it, the worker compares it with its student's: token ids may cross between them only when it is equal.
-It covers the vocabulary, the merges (or scores) and the added tokens. It leaves out what changes no id's meaning and
-differs between two loadings of one tokenizer: chat template, padding and truncation, flags of added tokens, post-processor.
+The teacher publishes it, the worker compares it with its student's: token ids may cross between them only when it is
+equal. It covers the vocabulary, the merges (or scores) and the added tokens. It leaves out what changes no id's meaning
+and may differ between two loadings of one tokenizer: chat template, padding, truncation, post-processor, flags of added
+tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def fingerprint(tokenizer: Any) -> str:
     model = state["model"]
     vocabulary = model["vocab"]
     content = {
-        "vocabulary": sorted(vocabulary.items(), key=lambda item: item[1]) if isinstance(vocabulary, dict) else vocabulary,
+        "vocabulary": sorted(vocabulary.items(), key=lambda item: item[1])
+        if isinstance(vocabulary, dict)
+        else vocabulary,
         # Older versions of the library write a merge as "a b", newer ones as ["a", "b"].
         "merges": [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges", [])],
         "added": sorted([token["id"], token["content"]] for token in state["added_tokens"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from chart.rendering import VARIANTS, Helm, Object
 from cluster import programs
 

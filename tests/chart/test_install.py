@@ -10,6 +10,7 @@ from typing import Any
 
 import kubernetes
 import pytest
+
 from chart.rendering import CHART, VARIANTS, Helm, Object, pod_templates
 from claas_crds import names
 from cluster import programs

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import yaml
+
 from chart.rendering import CHART, VARIANTS, Helm, Object, containers, environment, only, pod_templates, settings_of
 from claas_crds.adapter import LoraAdapterSpec
 from claas_crds.request import DistillRequestSpec
@@ -242,6 +243,23 @@ def test_images_come_from_the_registry_unless_they_name_their_own(helm: Helm) ->
     assert images["Deployment claas-operator"] == "registry.example.com/team/claas-operator:1.2.3"
     assert images["Deployment claas-teacher"] == "registry.example.com/team/claas-teacher:1.2.3"
     assert images["pool l40s"] == images["operations"] == "localhost/w:7"
+
+
+@pytest.mark.parametrize(
+    ("source", "image"), [("", "teacher"), ("file:///models/q", "teacher"), ("s3://models/q/", "worker")]
+)
+def test_the_teachers_model_is_fetched_where_it_is_used(helm: Helm, source: str, image: str) -> None:
+    """By the image that lies there anyway, unless it takes a client for S3."""
+    objects = helm.render("--set", f"teacher.model.source={source}")
+    (job,) = [o for o in objects if o["kind"] == "Job" and "fetch-teacher" in o["metadata"]["name"]]
+    spec = job["spec"]["template"]["spec"]
+    assert spec["containers"][0]["image"] == f"claas-{image}:0.1.0"
+    assert spec["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
+    assert "nvidia.com/gpu" not in spec["containers"][0]["resources"]["limits"]
+    # Its volume goes to one node only: the one on which the teacher waits for it.
+    (term,) = spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    teacher = only(objects, "Deployment", "claas-teacher")["spec"]["template"]["metadata"]["labels"]
+    assert term["labelSelector"]["matchLabels"].items() <= teacher.items()
 
 
 def test_a_teacher_elsewhere_or_none(helm: Helm) -> None:

@@ -13,6 +13,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from claas_worker.errors import (
     EmptyResponse,
     GuardError,
@@ -30,10 +35,6 @@ from claas_worker.sdpo import (
     sdpo_loss_from_hidden,
     topk_from_hidden,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ALPHAS = (0.0, 0.01, 0.3, 0.5, 0.7, 0.99, 1.0)
 torch.set_num_threads(2)

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from claas_crds.adapter import Lora
-from claas_crds.reasons import Reason
 from pydantic import ValidationError
 
+from claas_crds.adapter import Lora
+from claas_crds.reasons import Reason
 from claas_store import models, uris
 from claas_store.create import create_adapter, init_adapter
 from claas_store.errors import ArgumentInvalid, StoreError

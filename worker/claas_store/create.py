@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claas_crds.adapter import Lora
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from claas_crds.adapter import Lora
 from claas_store import uris
 from claas_store.errors import AlreadyExists, ArgumentInvalid, NotFound, Occupied, VersionInvalid
 from claas_store.stores import Store, open_store
@@ -138,8 +138,8 @@ def linear_shapes(model_dir: Path, target_modules: Sequence[str]) -> dict[str, t
         matched |= targets
     if missing := sorted(set(target_modules) - matched):
         raise ArgumentInvalid(
-            f"spec.lora.targetModules: {', '.join(missing)} match no linear layer of the base model; name last components"
-            " of its layers, for example q_proj"
+            f"spec.lora.targetModules: {', '.join(missing)} match no linear layer of the base model;"
+            " name last components of its layers, for example q_proj"
         )
     return shapes
 
@@ -194,7 +194,7 @@ def _existing(uri: str, wanted: Manifest) -> Version | None:
 def _write(
     uri: str, config: dict[str, Any], tensors: Tensors, optimizer: OptimizerState | None, manifest: Manifest
 ) -> Version:
-    """`write_version` for a uri that every try shares: files that are there with just these bytes are a killed try's."""
+    """`write_version` for a uri that all tries share: files that are there with just these bytes are a killed try's."""
     store = open_store(uri)
     files = encode(config, tensors, optimizer)
     for name, data in files.items():
@@ -233,6 +233,5 @@ def _check_fits(uri: str, config: dict[str, Any], base_model: str, wanted_base_m
     targets = config["target_modules"]
     found = (config["r"], float(config["lora_alpha"]), sorted(targets if isinstance(targets, list) else [targets]))
     if found != (lora.r, lora.alpha, sorted(lora.target_modules)):
-        raise VersionInvalid(
-            f"{uri} has r {found[0]}, alpha {found[1]:g} and targetModules {', '.join(found[2])[:400]}: set spec.lora to these"
-        )
+        shown = f"r {found[0]}, alpha {found[1]:g} and targetModules {', '.join(found[2])[:400]}"
+        raise VersionInvalid(f"{uri} has {shown}: set spec.lora to these")

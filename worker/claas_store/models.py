@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -69,7 +70,7 @@ def fetch_model(source: str, target: Path) -> None:
 
 
 def wait_model(target: Path, timeout_seconds: float) -> None:
-    """Returns when `target` is whole. Volumes of several nodes send no events, so the marker is looked for once a second.
+    """Returns when `target` is whole: a volume shared by nodes sends no events, so the marker is looked for.
 
     Raises:
         StorageUnavailable: not within the time.
@@ -131,7 +132,7 @@ def _from_s3(source: str, target: Path) -> None:
     for uri, size in store.list(folder):
         name = uri.removeprefix(folder)
         if _wanted(name) and not _same_size(target / name, size):
-            _appear(target / name, lambda scratch, uri=uri: store.download(uri, scratch))
+            _appear(target / name, partial(store.download, uri))
 
 
 def _from_folder(source: Path, target: Path) -> None:
@@ -140,7 +141,7 @@ def _from_folder(source: Path, target: Path) -> None:
     try:
         for path in sorted(source.iterdir()):
             if _wanted(path.name) and path.is_file() and not _same_size(target / path.name, path.stat().st_size):
-                _appear(target / path.name, lambda scratch, path=path: shutil.copyfile(path, scratch))
+                _appear(target / path.name, partial(shutil.copyfile, path))
     except PermissionError as error:
         raise StorageDenied(f"{error.filename}: {error.strerror}") from None
 

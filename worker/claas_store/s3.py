@@ -157,7 +157,7 @@ class S3Store:
             )
 
     def _write(self, send: Callable[[], object], bucket: str, key: str, token: str) -> None:
-        """Sends a conditional write until it has an answer; a 412 after a lost one is a success if the token is ours."""
+        """Sends a conditional write until it has an answer; a 412 after a lost one is success if the token is ours."""
         lost = False
 
         def once() -> None:

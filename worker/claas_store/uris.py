@@ -92,7 +92,7 @@ def join(folder: str, name: str) -> str:
     Raises:
         UriInvalid: the result is not a uri, or `name` is more than one segment.
     """
-    if "/" in name:
+    if not name or "/" in name:
         raise UriInvalid(f"{name!r} is not a plain file name")
     return parse(f"{normalise(folder)}{name}").object_uri
 

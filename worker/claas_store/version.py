@@ -23,11 +23,11 @@ from typing import Annotated, Any, Final, Literal
 import numpy as np
 import safetensors
 import safetensors.numpy
-from claas_crds.model import StatusModel
-from claas_crds.request import Metadata
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue, StringConstraints, ValidationError
 
+from claas_crds.model import StatusModel
+from claas_crds.request import Metadata
 from claas_store import uris
 from claas_store.errors import AlreadyExists, NotFound, VersionInvalid
 from claas_store.limits import (
@@ -158,7 +158,7 @@ def read_peft_folder(uri: str) -> tuple[dict[str, Any], Tensors, str]:
     """
     uri = uris.normalise(uri)
     config, adapter = _read_peft(open_store(uri), uri)
-    return parse_config(config, uri), parse_adapter(adapter, uri), hashlib.sha256(adapter).hexdigest()
+    return parse_config(config, uri), parse_adapter(adapter, uri), _sha256(adapter)
 
 
 def find_manifest(uri: str) -> Manifest | None:
@@ -176,7 +176,7 @@ def find_manifest(uri: str) -> Manifest | None:
 def write_version(
     uri: str, config: Mapping[str, Any], tensors: Tensors, optimizer: OptimizerState | None, manifest: Manifest
 ) -> Version:
-    """Writes a new version: files first, side by side, each only if absent; then the manifest, which makes it exist.
+    """Writes a new version: its files, each only if absent, and last the manifest, which makes it exist.
 
     Args:
         tensors: LoRA weights by PEFT's names, `base_model.model.<module>.lora_A.weight` (r, in) and `lora_B` (out, r).
@@ -190,8 +190,11 @@ def write_version(
     uri = uris.normalise(uri)
     files = encode(config, tensors, optimizer)
     store = open_store(uri)
-    with ThreadPoolExecutor(len(files)) as threads:
-        for put in [threads.submit(store.put, uris.join(uri, name), data) for name, data in files.items()]:
+    # The small file is the claim on the folder: of several writers one goes on, instead of each owning a part of it.
+    store.put(uris.join(uri, CONFIG), files[CONFIG])
+    others = {name: data for name, data in files.items() if name != CONFIG}
+    with ThreadPoolExecutor(len(others)) as threads:
+        for put in [threads.submit(store.put, uris.join(uri, name), data) for name, data in others.items()]:
             put.result()
     written, digest = put_manifest(store, uri, manifest, files)
     return Version(uri, written, digest, dict(config), tensors, optimizer)
@@ -206,15 +209,12 @@ def encode(config: Mapping[str, Any], tensors: Tensors, optimizer: OptimizerStat
     files = {CONFIG: _json(config), ADAPTER: safetensors.numpy.save(_float32(tensors), {"format": "pt"})}
     parse_config(files[CONFIG], "the new version")
     if optimizer is not None:
-        header = {
-            "schemaVersion": 1,
-            "step": optimizer.step,
-            "rank": optimizer.rank,
-            "targetModules": [*optimizer.target_modules],
-        }
+        header = _OptimizerHeader(
+            schema_version=1, step=optimizer.step, rank=optimizer.rank, target_modules=[*optimizer.target_modules]
+        ).model_dump_json(by_alias=True)
         moments = {f"{name}.exp_avg": value for name, value in optimizer.exp_avg.items()}
         moments |= {f"{name}.exp_avg_sq": value for name, value in optimizer.exp_avg_sq.items()}
-        files[OPTIMIZER] = safetensors.numpy.save(_float32(moments), {"format": "pt", _HEADER_KEY: json.dumps(header)})
+        files[OPTIMIZER] = safetensors.numpy.save(_float32(moments), {"format": "pt", _HEADER_KEY: header})
     for name, data in files.items():
         if len(data) > _BOUNDS[name]:
             raise VersionInvalid(f"{name} would have {len(data)} bytes, at most {_BOUNDS[name]} can be kept")
@@ -227,13 +227,11 @@ def put_manifest(store: Store, uri: str, manifest: Manifest, files: Mapping[str,
     Raises:
         AlreadyExists: it exists.
     """
-    digests = {
-        name: FileDigest(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in files.items()
-    }
+    digests = {name: FileDigest(sha256=_sha256(data), size=len(data)) for name, data in files.items()}
     filled = manifest.model_copy(update={"files": digests, "code_version": code_version(), "created_at": _now()})
     data = _json(filled.model_dump(by_alias=True, exclude_none=True, mode="json"))
     store.put(uris.join(uri, MANIFEST), data)
-    return filled, hashlib.sha256(data).hexdigest()
+    return filled, _sha256(data)
 
 
 def code_version() -> str:
@@ -322,12 +320,12 @@ def _read_manifest(store: Store, uri: str) -> tuple[Manifest, str] | None:
     for name, bound in _BOUNDS.items():
         if name in manifest.files and manifest.files[name].size > bound:
             raise VersionInvalid(f"{uri}: {name} has {manifest.files[name].size} bytes, at most {bound} are read")
-    return manifest, hashlib.sha256(data).hexdigest()
+    return manifest, _sha256(data)
 
 
 def _read_file(store: Store, uri: str, name: str, known: FileDigest) -> bytes:
     data = store.get(uris.join(uri, name), max_bytes=known.size)
-    if len(data) != known.size or hashlib.sha256(data).hexdigest() != known.sha256:
+    if len(data) != known.size or _sha256(data) != known.sha256:
         raise VersionInvalid(f"{uri}: {name} is not what {MANIFEST} says (its sha256 differs)")
     return data
 
@@ -391,6 +389,10 @@ def _parse_safetensors(data: bytes, what: str) -> dict[str, NDArray[np.float32]]
                 raise VersionInvalid(f"{what}: a tensor has the type {other}; F32, F16 and BF16 are read")
         tensors[name] = array.reshape(part["shape"])
     return tensors
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _now() -> str:

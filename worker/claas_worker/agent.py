@@ -19,11 +19,11 @@ from time import monotonic, sleep
 from typing import Any
 
 import urllib3
-from claas_crds import names
-from claas_crds.request import Result
 from kubernetes.client import ApiException
 from pydantic import ValidationError
 
+from claas_crds import names
+from claas_crds.request import Result
 from claas_worker.api import CLAIM_LIMIT_SECONDS, Gone, Lost, Requests, Unreachable, backoff_seconds, retrying
 from claas_worker.config import AgentSettings
 from claas_worker.job import Bound, Step, Unfit, failure, place

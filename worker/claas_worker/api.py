@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import kubernetes.client
 import kubernetes.config
 import urllib3
+from kubernetes.client import ApiException
+
 from claas_crds import names
 from claas_crds.reasons import Outcome, Reason, describe
 from claas_crds.request import Claim, Progress, Result
-from kubernetes.client import ApiException
-
 from claas_worker.job import PHASES, Bound, now
 
 log = logging.getLogger(__name__)
@@ -258,7 +258,11 @@ class Requests:
 
     def _patch(self, request: Bound, patch: list[dict[str, Any]]) -> Mapping[str, Any]:
         answer: Mapping[str, Any] = self._api.patch_namespaced_custom_object_status(
-            *_place(request), request.name, patch, _request_timeout=CALL_SECONDS
+            *_place(request),
+            request.name,
+            patch,
+            _content_type="application/json-patch+json",  # the client would call a list a merge patch
+            _request_timeout=CALL_SECONDS,
         )
         return answer
 

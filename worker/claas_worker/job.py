@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from claas_crds.model import explain, refusal
 from claas_crds.reasons import Outcome, Reason, describe
 from claas_crds.request import DistillRequestSpec, DistillRequestStatus, Parent, Result
-from pydantic import ValidationError
 
 Report = Callable[[str], None]  # told the phase: one of PHASES
 PHASES = ("Loading", "Scoring", "Stepping", "Saving")

@@ -17,9 +17,9 @@ from typing import Any
 
 import kubernetes.client
 import urllib3
-from claas_crds import names
 from kubernetes.client import ApiException
 
+from claas_crds import names
 from claas_worker.api import CALL_SECONDS, Unreachable, retrying
 from claas_worker.config import AgentSettings
 from claas_worker.job import now

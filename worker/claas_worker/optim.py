@@ -8,22 +8,19 @@ rate is the request's, never the state's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from claas_store.version import OptimizerState
 from claas_worker.errors import NonFiniteGrad, NonFiniteWeights
 
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.01
 WARM_UP_STEPS = 8
-STEP = "step"  # () int64: steps since the state was fresh
-FIRST, SECOND = "exp_avg/", "exp_avg_sq/"  # each followed by the weight's key: fp32, of the weight's shape
-
-Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 
 class AdapterOptimizer:
@@ -35,8 +32,16 @@ class AdapterOptimizer:
         learning_rate: of the last step, after warm-up; 0 before the first.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], state: Arrays | None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        state: OptimizerState | None,
+        *,
+        rank: int,
+        target_modules: Sequence[str],
+    ) -> None:
         self._parameters = dict(parameters)
+        self._rank, self._target_modules = rank, tuple(sorted(target_modules))
         self._optimizer = torch.optim.AdamW(
             list(self._parameters.values()), lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY
         )
@@ -44,10 +49,31 @@ class AdapterOptimizer:
         self.learning_rate = 0.0
         mismatch = None if state is None else self._mismatch(state)
         if state is None or mismatch:
-            self.origin = f"fresh: {mismatch}"[:128] if mismatch else "fresh"
+            self.origin = f"fresh: {mismatch}" if mismatch else "fresh"
         else:
             self._restore(state)
             self.origin = "resumed"
+
+    def grad_norm(self) -> float:
+        """L2 norm of all gradients together, in float64, where squares of finite fp32 values cannot overflow.
+
+        Raises:
+            NonFiniteGrad: a gradient is missing or not finite.
+        """
+        gradients = self._gradients()
+        norm = float(torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum().sqrt())
+        if not math.isfinite(norm):
+            key = next(key for key, gradient in gradients.items() if not bool(gradient.isfinite().all()))
+            raise NonFiniteGrad(f"the gradient of {key} is not finite: nothing was saved")
+        return norm
+
+    def _gradients(self) -> dict[str, Tensor]:
+        gradients = {}
+        for key, parameter in self._parameters.items():
+            if parameter.grad is None:
+                raise NonFiniteGrad(f"{key} has no gradient: nothing was saved")
+            gradients[key] = parameter.grad
+        return gradients
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         """One step with the gradients that are there, which it clears; gives their L2 norm before clipping.
@@ -55,16 +81,9 @@ class AdapterOptimizer:
         Raises:
             NonFiniteGrad, NonFiniteWeights: nothing may be saved.
         """
-        gradients = {key: parameter.grad for key, parameter in self._parameters.items()}
-        present = {key: gradient for key, gradient in gradients.items() if gradient is not None}
-        if len(present) < len(gradients):
-            raise NonFiniteGrad(f"{next(iter(gradients.keys() - present.keys()))} has no gradient")
-        # In float64, where squares of finite fp32 values cannot overflow.
-        norm = float(torch.stack([gradient.double().square().sum() for gradient in present.values()]).sum().sqrt())
-        if not math.isfinite(norm):
-            raise NonFiniteGrad("a gradient of the adapter is not finite: nothing was saved")
+        norm = self.grad_norm()
         if norm > max_grad_norm:
-            for gradient in present.values():
+            for gradient in self._gradients().values():
                 gradient.mul_(max_grad_norm / norm)
         self.learning_rate = learning_rate * min(1.0, (self.step + 1) / WARM_UP_STEPS)
         for group in self._optimizer.param_groups:
@@ -78,35 +97,35 @@ class AdapterOptimizer:
             raise NonFiniteWeights(f"the step made {key} not finite: nothing was saved; lower training.learningRate")
         return norm
 
-    def state(self) -> dict[str, np.ndarray[Any, Any]]:
-        """What the next request resumes from, by name, copied. Shapes and targets are those of the arrays."""
-        arrays: dict[str, np.ndarray[Any, Any]] = {STEP: np.array(self.step, dtype=np.int64)}
+    def state(self) -> OptimizerState:
+        """What the next request resumes from, copied."""
+        moments: dict[str, dict[str, NDArray[np.float32]]] = {"exp_avg": {}, "exp_avg_sq": {}}
         for key, parameter in self._parameters.items():
-            moments = self._optimizer.state[parameter]
-            for prefix, name in ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq")):
-                arrays[prefix + key] = moments[name].detach().cpu().numpy().copy()
-        return arrays
+            for name, arrays in moments.items():
+                arrays[key] = self._optimizer.state[parameter][name].detach().cpu().numpy().copy()
+        return OptimizerState(self.step, self._rank, self._target_modules, **moments)
 
-    def _mismatch(self, state: Arrays) -> str | None:
+    def _mismatch(self, state: OptimizerState) -> str | None:
         """Why the state is not this adapter's, or None."""
-        if STEP not in state or state[STEP].size != 1 or int(state[STEP].item()) < 1:
-            return "the stored state has no step count"
-        expected = {prefix + key for prefix in (FIRST, SECOND) for key in self._parameters}
-        if odd := expected ^ (state.keys() - {STEP}):
-            return f"the stored state is of other targets ({len(odd)} keys differ)"
-        for key, parameter in self._parameters.items():
-            for prefix in (FIRST, SECOND):
-                array = state[prefix + key]
-                if tuple(array.shape) != tuple(parameter.shape):
-                    return f"the stored state is of another rank or shape ({tuple(array.shape)})"
-                if not np.isfinite(np.asarray(array, dtype=np.float32)).all():
-                    return "the stored state is not finite"
+        if state.rank != self._rank:
+            return f"the stored state is of rank {state.rank}, the adapter of rank {self._rank}"
+        if state.target_modules != self._target_modules:
+            return "the stored state is of other target modules"
+        shapes = {key: tuple(parameter.shape) for key, parameter in self._parameters.items()}
+        for arrays in (state.exp_avg, state.exp_avg_sq):
+            if {key: array.shape for key, array in arrays.items()} != shapes:
+                return "the stored state is of weights with other names or shapes"
+            if not all(np.isfinite(array).all() for array in arrays.values()):
+                return "the stored state is not finite"
+        if state.step < 1:
+            return "the stored state has taken no step"
         return None
 
-    def _restore(self, state: Arrays) -> None:
-        self.step = int(state[STEP].item())
+    def _restore(self, state: OptimizerState) -> None:
+        self.step = state.step
         for key, parameter in self._parameters.items():
-            moments: dict[str, Tensor] = {"step": torch.tensor(float(self.step))}
-            for prefix, name in ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq")):
-                moments[name] = torch.from_numpy(np.array(state[prefix + key], dtype=np.float32)).to(parameter.device)
-            self._optimizer.state[parameter] = moments
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(state.step)),
+                "exp_avg": torch.tensor(state.exp_avg[key], device=parameter.device),
+                "exp_avg_sq": torch.tensor(state.exp_avg_sq[key], device=parameter.device),
+            }

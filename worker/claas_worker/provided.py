@@ -78,23 +78,27 @@ class _Row(NamedTuple):
     top: dict[int, Any] | None  # by id; None where the payload has no such list
 
 
-def parse(payload: Any, response_ids: Sequence[int], texts: TokenTexts, where: str) -> Scored:
-    """The support and its logprobs. `where` names the field in errors, which hold positions and counts, never text.
+def parse(payload: Any, response_ids: Sequence[int], dropped: int, texts: TokenTexts, where: str) -> Scored:
+    """The support and its logprobs.
+
+    Args:
+        dropped: tokens of the response behind `response_ids` that were truncated, and that the payload covers too.
+        where: names the field in errors, which hold positions and counts, never text.
 
     Raises:
         InvalidSpec: of none of the four shapes.
         LogprobLengthMismatch: too few or too many tokens, or others than the response's.
         NonFiniteInput: NaN, a value above zero, or none for a response token.
     """
-    n = len(response_ids)
+    n = len(response_ids) + dropped
     if isinstance(payload, list) and _is_chosen_only(payload):
         if len(payload) != n:
             raise LogprobLengthMismatch(
                 f"{where} holds {len(payload)} values, the response has {n} tokens{_hint(n, len(payload))}"
             )
-        rows = [_Row(None, None, value, None) for value in payload]
+        rows = [_Row(None, None, value, None) for value in payload[: len(response_ids)]]
     else:
-        rows = _align(_rows(payload, texts, where), response_ids, texts, where)
+        rows = _align(_rows(payload, texts, where), response_ids, n, texts, where)
     columns = []
     for t, (row, token) in enumerate(zip(rows, response_ids, strict=True)):
         entries = dict(row.top or {})
@@ -102,9 +106,9 @@ def parse(payload: Any, response_ids: Sequence[int], texts: TokenTexts, where: s
         entries[token] = own
         at = f"{where}: position {t}"
         columns.append({key: _value(value, at) for key, value in entries.items() if 0 <= key < ID_LIMIT})
-    width = max(map(len, columns))
-    ids = torch.full((n, width), PADDING, dtype=torch.long)
-    logprobs = torch.full((n, width), -torch.inf)
+    shape = (len(columns), max(map(len, columns)))
+    ids = torch.full(shape, PADDING, dtype=torch.long)
+    logprobs = torch.full(shape, -torch.inf)
     for t, entries in enumerate(columns):
         ids[t, : len(entries)] = torch.tensor(list(entries))
         logprobs[t, : len(entries)] = torch.tensor(list(entries.values()))
@@ -161,16 +165,16 @@ def _legacy(payload: Mapping[str, Any], texts: TokenTexts) -> list[_Row]:
     return rows
 
 
-def _align(rows: list[_Row], response_ids: Sequence[int], texts: TokenTexts, where: str) -> list[_Row]:
-    """The rows of the response: the last ones, or those before one generated token."""
-    n = len(response_ids)
+def _align(rows: list[_Row], response_ids: Sequence[int], n: int, texts: TokenTexts, where: str) -> list[_Row]:
+    """The rows of the response, which are the last n, or those before one generated token."""
     if len(rows) < n:
         raise LogprobLengthMismatch(f"{where} covers {len(rows)} tokens, the response has {n}{_hint(n, len(rows))}")
     starts = [start for start in (len(rows) - n, len(rows) - n - 1) if start >= 0]
-    wrong = [_first_wrong(rows[start : start + n], response_ids, texts) for start in starts]
-    for start, position in zip(starts, wrong, strict=True):
+    kept = [rows[start : start + len(response_ids)] for start in starts]
+    wrong = [_first_wrong(candidate, response_ids, texts) for candidate in kept]
+    for candidate, position in zip(kept, wrong, strict=True):
         if position is None:
-            return rows[start : start + n]
+            return candidate
     raise LogprobLengthMismatch(f"{where}: position {wrong[0]} of the response holds another token than the response")
 
 

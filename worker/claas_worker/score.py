@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from claas_crds.request import Sample
-from claas_teacher.client import TeacherClient
 from torch import Tensor
 
+from claas_crds.request import Sample
+from claas_teacher.client import TeacherClient
 from claas_worker.errors import TeacherUnavailable, TokenizerMismatch
 from claas_worker.job import InvalidSpec
 from claas_worker.provided import Scored, TokenTexts, parse
@@ -79,17 +79,19 @@ class Scorer:
         student.map_hidden([question.teacher for question in questions], take_scores)
         return [scored[index] for index in range(len(questions))], student.base_model
 
-    def provided(self, questions: Sequence[Question], samples: Sequence[Sample]) -> tuple[list[Scored], str]:
-        """What the samples bring along.
+    def provided(
+        self, questions: Sequence[Question], samples: Sequence[Sample], dropped: Sequence[int]
+    ) -> tuple[list[Scored], str]:
+        """What the samples bring along; `dropped` response tokens at the end of each were truncated.
 
         Raises:
             InvalidSpec: none, or of unknown shape.
             LogprobLengthMismatch, NonFiniteInput: not of this response, or no logprobs.
         """
         scored = []
-        for index, (question, sample) in enumerate(zip(questions, samples, strict=True)):
+        for index, (question, sample, rest) in enumerate(zip(questions, samples, dropped, strict=True)):
             where = f"samples[{index}].teacherLogprobs"
             if sample.teacher_logprobs is None:
                 raise InvalidSpec(f"{where} is missing: teacher.mode Provided needs it in every sample")
-            scored.append(parse(sample.teacher_logprobs, question.teacher.response_ids, self._texts, where))
-        return scored, "provided"
+            scored.append(parse(sample.teacher_logprobs, question.teacher.response_ids, rest, self._texts, where))
+        return scored, ""

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from claas_teacher.fingerprint import fingerprint
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from claas_teacher.fingerprint import fingerprint
 from claas_worker.errors import AdapterInvalid
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,24 @@
+"""The operator's process against the real API server; Pods, Leases and workers are played by `Stage`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster.controlplane import ControlPlane
+from operatorstage import Stage, apply_crds
+
+
+@pytest.fixture(scope="session")
+def claas_api(control_plane: ControlPlane) -> ControlPlane:
+    """The API server with our two kinds."""
+    apply_crds(control_plane)
+    return control_plane
+
+
+@pytest.fixture
+def stage(claas_api: ControlPlane, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    """A release of its own: namespaces, settings and processes that end with the test."""
+    with Stage(claas_api, tmp_path, request.node.name) as made:
+        yield made

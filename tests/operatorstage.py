@@ -1,0 +1,351 @@
+"""A stage for the real operator process: the real API server, with the kubelet and the workers played by the test.
+
+There is no kubelet behind the control plane alone, so nobody runs Pods: `Stage` writes the Pods' phases, the workers'
+Leases, claims and results, exactly as a kubelet and `claas_worker` would. Everything else is real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from claas_crds import names
+from claas_crds.generate import RESOURCES, definition
+from claas_operator.snapshot import format_time
+from cluster.api import ApiError
+from cluster.controlplane import ControlPlane
+from cluster.process import kill, spawn, wait_for
+from operatorkit import MODEL, NUMBERS, Raw, template
+
+ROOT = Path(__file__).resolve().parents[1]
+GROUP = f"/apis/{names.API_VERSION}"
+WAIT_SECONDS = 20.0
+# Scaled down, so that a test sees in seconds what takes a minute in production.
+TIMINGS = {
+    "leaseSeconds": 3,
+    "claimGraceSeconds": 5,
+    "retryBaseSeconds": 0.5,
+    "retryCapSeconds": 2,
+    "relistSeconds": 5,
+    "leaderLeaseSeconds": 3,
+    "teacherProbeSeconds": 0.3,
+    "fenceGraceSeconds": 2,
+    "reasonDelaySeconds": 1,
+}
+
+
+def apply_crds(control_plane: ControlPlane) -> None:
+    """Installs our two kinds, straight from the models, and waits until they are served."""
+    base = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    for resource in RESOURCES:
+        if control_plane.api.get(f"{base}/{resource.name}") is None:
+            control_plane.api("POST", base, definition(resource))
+    for resource in RESOURCES:
+        path = f"{GROUP}/{resource.plural}"
+        wait_for(f"{path} to be served", lambda path=path: control_plane.api.get(path) is not None, WAIT_SECONDS)
+
+
+class Stage:
+    """One release in two namespaces of its own: `home` for workers, `team` for users."""
+
+    def __init__(self, control_plane: ControlPlane, folder: Path, name: str) -> None:
+        self.control_plane, self.api, self.folder = control_plane, control_plane.api, folder
+        word = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:24].strip("-")
+        suffix = secrets.token_hex(2)
+        self.home, self.team = f"home-{word}-{suffix}", f"team-{word}-{suffix}"
+        self.instance = f"c{suffix}"
+        self.operators: list[subprocess.Popen[bytes]] = []
+        self.logs: list[Path] = []
+        self._beating: dict[str, Raw] = {}
+        self._stop = threading.Event()
+        self._beater = threading.Thread(target=self._beat, daemon=True)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        for namespace in (self.home, self.team):
+            self.api("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
+        self._beater.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        kill(self.operators)
+        self._stop.set()
+        self._beater.join(timeout=10)
+        for namespace in (self.home, self.team):
+            self.api("DELETE", f"/api/v1/namespaces/{namespace}")
+
+    # The operator
+
+    def settings(self, *, timings: Raw | None = None, **changes: Any) -> Path:
+        """A settings file; `changes` are keys of it, `pool` is merged into the one pool."""
+        pool = {
+            "name": "l40s",
+            "baseModel": MODEL,
+            "maxWorkers": 2,
+            "startLimitSeconds": 30,
+            "template": template("worker"),
+        } | changes.pop("pool", {})
+        content = {
+            "instance": self.instance,
+            "namespace": self.home,
+            "defaultPool": "l40s",
+            "defaultBaseModel": MODEL,
+            "storage": {"prefixes": [{"uri": "s3://adapters/{namespace}/"}]},
+            "pools": [pool],
+            "operations": {"template": template("operation")},
+            "timings": TIMINGS | (timings or {}),
+        } | changes
+        path = self.folder / "config.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    def start_operator(self, config: Path | None = None, *arguments: str) -> subprocess.Popen[bytes]:
+        """A real operator process; it acts as soon as it leads."""
+        log = self.folder / f"operator-{len(self.operators)}.log"
+        config = config or self.settings()
+        environment = {
+            "KUBECONFIG": str(self.control_plane.kubeconfig),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        command = [sys.executable, "-m", "claas_operator", "--config", str(config), *arguments]
+        process = spawn(command, log, environment=environment)
+        self.operators.append(process)
+        self.logs.append(log)
+        return process
+
+    def lines(self, index: int = -1) -> list[Raw]:
+        """An operator's log so far."""
+        text = self.logs[index].read_text()
+        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+    def wait_to_lead(self, index: int = -1) -> None:
+        """Returns when that operator has taken over."""
+        self.wait("the operator to lead", lambda: any(line["message"] == "synced" for line in self.lines(index)))
+
+    def wait(self, what: str, happened: Callable[[], Any], seconds: float = WAIT_SECONDS) -> None:
+        """Returns as soon as something holds; the error shows the operators' last lines."""
+        wait_for(what, lambda: bool(happened()), seconds, logs=self.logs)
+
+    # Users
+
+    def adapter(self, name: str = "coder", *, ready: bool = True) -> Raw:
+        """A LoraAdapter, with its first version unless that is what the test is about."""
+        uri = f"s3://adapters/{self.team}/{name}/"
+        body = {
+            "apiVersion": names.API_VERSION,
+            "kind": names.ADAPTER_KIND,
+            "metadata": {"name": name},
+            "spec": {"baseModel": MODEL, "storage": {"uri": uri}},
+        }
+        path = f"{GROUP}/namespaces/{self.team}/{names.ADAPTER_PLURAL}"
+        self.api("POST", path, body)
+        if ready:
+            entry = {"seq": 1, "version": name, "uri": uri, "requestUid": "", "at": format_time(datetime.now(UTC))}
+            status = {"uri": uri, "version": name, "headSeq": 1, "history": [entry]}
+            self.api("PATCH", f"{path}/{name}/status", {"status": status})
+        return self.see_adapter(name)
+
+    def request(self, name: str, adapter: str = "coder", **spec: Any) -> Raw:
+        """A DistillRequest."""
+        samples = [{"prompt": "SECRET-prompt", "response": "SECRET-response", "feedback": "SECRET-feedback"}]
+        body = {
+            "apiVersion": names.API_VERSION,
+            "kind": names.REQUEST_KIND,
+            "metadata": {"name": name},
+            "spec": {"adapterRef": {"name": adapter}, "samples": samples} | spec,
+        }
+        created: Raw = self.api("POST", f"{GROUP}/namespaces/{self.team}/{names.REQUEST_PLURAL}", body)
+        return created
+
+    def see_adapter(self, name: str = "coder") -> Raw:
+        found: Raw = self.api.get(f"{GROUP}/namespaces/{self.team}/{names.ADAPTER_PLURAL}/{name}") or {}
+        return found
+
+    def see(self, name: str) -> Raw:
+        """A request's status now."""
+        found = self.api.get(self.request_path(name)) or {}
+        status: Raw = found.get("status") or {}
+        return status
+
+    def request_path(self, name: str) -> str:
+        return f"{GROUP}/namespaces/{self.team}/{names.REQUEST_PLURAL}/{name}"
+
+    # The kubelet and the Job controller (which is real, and makes the Pods of a Job)
+
+    def jobs(self) -> list[str]:
+        selector = f"labelSelector={names.INSTANCE_LABEL}={self.instance}"
+        items = self.api("GET", f"/apis/batch/v1/namespaces/{self.home}/jobs?{selector}")["items"]
+        return sorted(item["metadata"]["name"] for item in items)
+
+    def pods(self, component: str = "worker") -> list[Raw]:
+        """Pods that the Job controller has made."""
+        labels = f"{names.INSTANCE_LABEL}={self.instance},{names.COMPONENT_LABEL}={component}"
+        items: list[Raw] = self.api("GET", f"/api/v1/namespaces/{self.home}/pods?labelSelector={labels}")["items"]
+        return [item for item in items if "deletionTimestamp" not in item["metadata"]]
+
+    def worker(self, seconds: float = WAIT_SECONDS) -> str:
+        """Waits for a worker Pod that nobody has started yet, starts it, and has it Ready. Its name."""
+        fresh: list[Raw] = []
+
+        def appeared() -> bool:
+            fresh[:] = [pod for pod in self.pods() if pod["metadata"]["name"] not in self._beating]
+            return bool(fresh)
+
+        self.wait("a worker Pod", appeared, seconds)
+        name = str(fresh[0]["metadata"]["name"])
+        self.pod_status(name, {"phase": "Running", "startTime": format_time(datetime.now(UTC))[:19] + "Z"})
+        self.lease(name, "Ready")
+        return name
+
+    def pod_status(self, name: str, status: Raw) -> None:
+        self.api("PATCH", f"/api/v1/namespaces/{self.home}/pods/{name}/status", {"status": status})
+
+    def lease(self, pod: str, state: str, running: str = "") -> None:
+        """The worker's Lease says so now, and is renewed from now on."""
+        with self._lock:
+            self._beating[pod] = {names.LEASE_STATE: state, names.LEASE_RUNNING: running}
+            self._renew(pod)
+
+    def kill_worker(self, pod: str) -> None:
+        """The Pod goes without a trace, as with kubectl delete --force."""
+        with self._lock:
+            self._beating.pop(pod, None)
+        options = {"gracePeriodSeconds": 0}
+        self.api("DELETE", f"/api/v1/namespaces/{self.home}/pods/{pod}", options)
+
+    def wedge(self, pod: str) -> None:
+        """The worker stops renewing; its Pod stays."""
+        with self._lock:
+            self._beating[pod] = {}
+
+    def _beat(self) -> None:
+        while not self._stop.wait(0.7):
+            with self._lock:
+                for pod in self._beating:
+                    with contextlib.suppress(ApiError):  # its Pod, and so its Lease, may be gone
+                        self._renew(pod)
+
+    def _renew(self, pod: str) -> None:
+        annotations = self._beating[pod]
+        if not annotations:
+            return
+        found = self.api.get(f"/api/v1/namespaces/{self.home}/pods/{pod}")
+        if found is None:
+            return
+        uid, now = found["metadata"]["uid"], format_time(datetime.now(UTC))
+        path = f"/apis/coordination.k8s.io/v1/namespaces/{self.home}/leases"
+        spec = {"holderIdentity": uid, "renewTime": now, "leaseDurationSeconds": 3}
+        if self.api.get(f"{path}/{pod}") is not None:
+            self.api("PATCH", f"{path}/{pod}", {"metadata": {"annotations": annotations}, "spec": spec})
+            return
+        labels = {
+            names.INSTANCE_LABEL: self.instance,
+            names.COMPONENT_LABEL: names.COMPONENT_WORKER,
+            names.POOL_LABEL: "l40s",
+        }
+        owner = {"apiVersion": "v1", "kind": "Pod", "name": pod, "uid": uid}
+        metadata = {"name": pod, "labels": labels, "annotations": annotations, "ownerReferences": [owner]}
+        self.api("POST", path, {"metadata": metadata, "spec": spec})
+
+    # The worker's agent
+
+    def bound(self, name: str, seconds: float = WAIT_SECONDS) -> Raw:
+        """Waits until the request is bound to a worker that lives. Its status."""
+        self.wait(f"{name} to be bound", lambda: self.see(name).get("worker") in self._beating, seconds)
+        return self.see(name)
+
+    def claim(self, name: str) -> None:
+        """Announce, then claim."""
+        raw = self.api("GET", self.request_path(name))
+        status = raw["status"]
+        self.lease(status["worker"], "Ready", raw["metadata"]["uid"])
+        claimed = {"worker": status["worker"], "attempt": status["attempt"], "at": format_time(datetime.now(UTC))}
+        self.api("PATCH", f"{self.request_path(name)}/status", {"status": {"claim": claimed}})
+
+    def report(self, name: str, outcome: str = "Succeeded", reason: str = "", *, leave: bool = True) -> str:
+        """Report, then leave. The uri of the new version."""
+        raw = self.api("GET", self.request_path(name))
+        status = raw["status"]
+        uri = f"{status['parent']['uri'].rstrip('/')}-{raw['metadata']['uid'][:8]}-a{status['attempt']}/"
+        body: Raw = {
+            "attempt": status["attempt"],
+            "outcome": outcome,
+            "reason": reason or outcome,
+            "at": format_time(datetime.now(UTC)),
+        }
+        if outcome == "Succeeded":
+            body |= {"loraUri": uri, "metadata": NUMBERS, "timings": {"stepMs": 7}}
+        self.api("PATCH", f"{self.request_path(name)}/status", {"status": {"result": body}})
+        if leave:
+            self.lease(status["worker"], "Ready")
+        return uri
+
+    def run(self, name: str) -> str:
+        """Bound, claimed, reported."""
+        self.bound(name)
+        self.claim(name)
+        return self.report(name)
+
+    def complete(self, name: str) -> Raw:
+        """Waits until it is Complete. Its status."""
+        self.wait(f"{name} to complete", lambda: self.see(name).get("state") == "Complete")
+        return self.see(name)
+
+    def sigkill(self) -> None:
+        """The last operator dies at once."""
+        self.operators[-1].send_signal(signal.SIGKILL)
+        self.operators[-1].wait(timeout=10)
+
+
+class TeacherServer:
+    """A real HTTP server in the teacher's place: /claas/v1/ready answers what `ready` says."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.asked = 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked += 1
+                good = outer.ready and self.path == "/claas/v1/ready"
+                self.send_response(200 if good else 503)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def until(seconds: float) -> Iterator[None]:
+    """A loop that ends after so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        yield
+        time.sleep(0.02)

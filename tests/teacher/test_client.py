@@ -1,0 +1,352 @@
+"""The client against a real HTTP server that fails in every way a teacher can."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+
+from claas_crds.reasons import Reason
+from claas_teacher import errors
+from claas_teacher.client import TeacherClient
+from claas_teacher.errors import TeacherAnswerInvalid, TeacherError, TeacherRefused, TeacherUnavailable
+
+INFO: dict[str, Any] = {
+    "model": "small",
+    "tokenizer_fingerprint": "f" * 64,
+    "vocab_size": 1000,
+    "max_logprobs": 100,
+    "max_model_len": 256,
+    "dtype": "float32",
+    "vllm_version": "0",
+    "claas_version": "0",
+    "a_field_of_a_newer_server": True,
+}
+Behaviour = Callable[["Handler", bytes], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Plays the server's script, one behaviour a scoring, the last one for ever."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.infos += 1
+        self.reply(200, json.dumps(INFO).encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.server.lock:
+            self.server.connections.add(self.client_address)
+            self.server.bodies.append(body)
+            self.server.in_flight += 1
+            self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
+            script = self.server.script
+            behaviour = script.pop(0) if len(script) > 1 else script[0]
+        try:
+            behaviour(self, answer_to(body))
+        finally:
+            with self.server.lock:
+                self.server.in_flight -= 1
+
+    def reply(self, status: int, content: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "content-length": str(len(content))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: list[Behaviour] = [good]
+        self.bodies: list[dict[str, Any]] = []
+        self.connections: set[Any] = set()
+        self.infos = self.in_flight = self.most_in_flight = 0
+        self.lock = threading.Lock()
+        self.ending = threading.Event()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hung up is what some tests are about."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+def answer_to(body: dict[str, Any]) -> bytes:
+    """What vLLM says to `body`; the token at position i has the logprob -i/100, so rows cannot be mixed up."""
+    k, rows = body["prompt_logprobs"], []
+    for position, token in enumerate(body["prompt"]):
+        others = {i: -5.0 - i / 100 for i in range(k)}
+        row = {token: -position / 100, **others}
+        rows.append(
+            {str(i): {"logprob": lp, "rank": 1, "decoded_token": ""} for i, lp in row.items()} if position else None
+        )
+    return json.dumps({"model": body["model"], "choices": [{"prompt_logprobs": rows}]}).encode()
+
+
+def good(handler: Handler, content: bytes) -> None:
+    handler.reply(200, content)
+
+
+def status(code: int, content: bytes = b"{}", **headers: str) -> Behaviour:
+    return lambda handler, _: handler.reply(code, content, **headers)
+
+
+def cut(handler: Handler, content: bytes) -> None:
+    """Half of the answer, then the line is dead."""
+    handler.send_response(200)
+    handler.send_header("content-length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content[: len(content) // 2])
+    handler.close_connection = True
+
+
+def drop(handler: Handler, content: bytes) -> None:
+    """Not a byte."""
+    handler.close_connection = True
+
+
+def hang(handler: Handler, content: bytes) -> None:
+    handler.server.ending.wait(30)
+
+
+def drip(handler: Handler, content: bytes) -> None:
+    """A byte now and then: never silent, never done."""
+    handler.send_response(200)
+    handler.send_header("content-length", str(len(content)))
+    handler.end_headers()
+    for byte in content:
+        if handler.server.ending.wait(0.02):
+            return
+        handler.wfile.write(bytes([byte]))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield running
+        finally:
+            running.ending.set()
+            running.shutdown()
+            thread.join(10)
+
+
+PROMPT, RESPONSE = [201, 202, 203], [301, 302]
+
+
+def test_a_score_is_the_responses_rows_alone(server: Server) -> None:
+    with TeacherClient(server.url) as client:
+        scores = client.score(np.array(PROMPT), np.array(RESPONSE), 4)
+    np.testing.assert_allclose(scores.chosen, [-0.03, -0.04], atol=1e-7)
+    assert scores.ids.tolist() == [[301, 0, 1, 2, 3], [302, 0, 1, 2, 3]]
+    assert server.bodies == [
+        {"model": "small", "prompt": PROMPT + RESPONSE, "prompt_logprobs": 4, "max_tokens": 1, "temperature": 0}
+    ]
+
+
+@pytest.mark.parametrize("failure", [status(500), status(503), status(429), status(408), cut, drop], ids=str)
+def test_what_passes_is_tried_again(server: Server, failure: Behaviour) -> None:
+    server.script = [failure, failure, good]
+    with TeacherClient(server.url) as client:
+        assert client.score(PROMPT, RESPONSE, 2).chosen.shape == (2,)
+    assert len(server.bodies) == 3
+
+
+def test_a_silent_try_is_given_up_and_made_again(server: Server) -> None:
+    server.script = [hang, good]
+    with TeacherClient(server.url, read_timeout_s=0.2) as client:
+        client.score(PROMPT, RESPONSE, 2)
+    assert len(server.bodies) == 2
+
+
+def test_tries_are_bounded_and_the_error_says_how_many(server: Server) -> None:
+    server.script = [status(500)]
+    with (
+        TeacherClient(server.url, attempts=3) as client,
+        pytest.raises(TeacherUnavailable, match=r"HTTP 500.*3 tries") as caught,
+    ):
+        client.score(PROMPT, RESPONSE, 2)
+    assert len(server.bodies) == 3
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize("failure", [hang, drip])
+def test_no_server_outlasts_the_deadline(server: Server, failure: Behaviour) -> None:
+    server.script = [failure]
+    with TeacherClient(server.url) as client:
+        client.info()
+        started = time.monotonic()
+        with pytest.raises(TeacherUnavailable):
+            client.score(PROMPT, RESPONSE, 2, timeout_s=0.5)
+    assert 0.4 < time.monotonic() - started < 3
+
+
+def test_retry_after_is_honoured(server: Server) -> None:
+    server.script = [status(429, retry_after="1"), good]
+    with TeacherClient(server.url) as client:
+        client.info()
+        started = time.monotonic()
+        client.score(PROMPT, RESPONSE, 2)
+    assert time.monotonic() - started >= 1
+
+
+def test_a_wait_beyond_the_deadline_is_not_begun(server: Server) -> None:
+    server.script = [status(503, retry_after="30")]
+    started = time.monotonic()
+    with TeacherClient(server.url, timeout_s=5) as client, pytest.raises(TeacherUnavailable, match="HTTP 503"):
+        client.score(PROMPT, RESPONSE, 2)
+    assert time.monotonic() - started < 3
+    assert len(server.bodies) == 1
+
+
+def test_nobody_there(server: Server) -> None:
+    url = server.url
+    server.server_close()
+    with TeacherClient(url, attempts=2) as client, pytest.raises(TeacherUnavailable, match=r"ConnectError.*2 tries"):
+        client.info()
+
+
+def test_a_refused_sample_is_not_tried_again_and_its_ids_are_not_repeated(server: Server) -> None:
+    message = f"Token ids {PROMPT} or 201, 202, 203, 301 are bad: prompt_logprobs of 101 exceeds 100"
+    server.script = [status(400, json.dumps({"error": {"message": message}}).encode())]
+    with TeacherClient(server.url) as client, pytest.raises(TeacherRefused, match="prompt_logprobs of 101") as caught:
+        client.score(PROMPT, RESPONSE, 2)
+    assert len(server.bodies) == 1
+    assert "201" not in str(caught.value)
+    assert "301" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [301, 401, 403, 405])
+def test_a_wrong_address_or_key_is_the_installations_fault(server: Server, code: int) -> None:
+    server.script = [status(code, location="/elsewhere")]
+    with (
+        TeacherClient(server.url) as client,
+        pytest.raises(TeacherUnavailable, match=f"HTTP {code}, check the teacher's url"),
+    ):
+        client.score(PROMPT, RESPONSE, 2)
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<html>",
+        b"",
+        b"[]",
+        b"{}",
+        b'{"choices": []}',
+        b'{"choices": [{}]}',
+        b'{"choices": [7]}',
+        b"\xff{",
+        b"[" * 100_000,
+    ],
+)
+def test_a_wrong_answer_is_a_named_error(server: Server, content: bytes) -> None:
+    server.script = [status(200, content)]
+    with TeacherClient(server.url) as client, pytest.raises(TeacherAnswerInvalid):
+        client.score(PROMPT, RESPONSE, 2)
+
+
+def test_info_is_asked_once_until_the_model_changes(server: Server) -> None:
+    server.script = [good, status(404), good]
+    with TeacherClient(server.url) as client:
+        assert client.info().model == "small"
+        client.score(PROMPT, RESPONSE, 2)
+        assert server.infos == 1
+        with pytest.raises(TeacherUnavailable, match="model changed"):
+            client.score(PROMPT, RESPONSE, 2)
+        client.score(PROMPT, RESPONSE, 2)
+        assert server.infos == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "k", "reason", "words"),
+    [
+        (PROMPT, [], 2, Reason.EMPTY_RESPONSE, "no tokens"),
+        (PROMPT, RESPONSE, 101, Reason.INVALID_SPEC, "teacherTopK is 101.*1 to 100.*--max-logprobs"),
+        (PROMPT, RESPONSE, 0, Reason.INVALID_SPEC, "teacherTopK is 0"),
+        (
+            [1] * 200,
+            [2] * 56,
+            2,
+            Reason.PROMPT_TOO_LONG,
+            "200 prompt and 56 response tokens do not fit the teacher's 255",
+        ),
+        ([1], [2] * 255, 2, Reason.RESPONSE_TOO_LONG, "255 response tokens"),
+        ([1], [1000], 2, Reason.TOKENIZER_MISMATCH, "vocabulary of 1000"),
+        ([-1], [1], 2, Reason.TOKENIZER_MISMATCH, "vocabulary of 1000"),
+        ([], [1], 2, Reason.INTERNAL_ERROR, "prompt has no tokens"),
+    ],
+)
+def test_what_the_teacher_would_refuse_is_not_sent(
+    server: Server, prompt: list[int], response: list[int], k: int, reason: Reason, words: str
+) -> None:
+    with TeacherClient(server.url) as client, pytest.raises(TeacherRefused, match=words) as caught:
+        client.score_batch([(PROMPT, RESPONSE), (prompt, response)], k)
+    assert caught.value.reason == reason
+    assert not caught.value.retryable
+    assert not server.bodies
+
+
+def test_the_longest_sample_that_fits_is_sent(server: Server) -> None:
+    with TeacherClient(server.url) as client:
+        assert client.score([1] * 200, [2] * 55, 2).chosen.shape == (55,)
+
+
+def test_a_batch_keeps_its_order_and_its_limit(server: Server) -> None:
+    together = threading.Barrier(3)
+
+    def wait_for_two_more(handler: Handler, content: bytes) -> None:
+        together.wait(10)  # breaks the test when fewer than three are in flight
+        handler.reply(200, content)
+
+    server.script = [wait_for_two_more]
+    lengths = [5, 1, 9, 2, 7, 3, 8, 4, 6]
+    with TeacherClient(server.url, concurrency=3) as client:
+        found = client.score_batch([([700 + n], [800 + n] * n) for n in lengths], 2)
+    assert [len(scores.chosen) for scores in found] == lengths
+    assert [int(scores.ids[0, 0]) for scores in found] == [800 + n for n in lengths]
+    assert server.most_in_flight == 3
+    assert len(server.connections) == 3  # pooled
+
+
+def test_a_failed_sample_fails_the_batch_and_stops_the_rest(server: Server) -> None:
+    server.script = [status(400)]
+    with TeacherClient(server.url, concurrency=2) as client, pytest.raises(TeacherRefused):
+        client.score_batch([(PROMPT, RESPONSE)] * 50, 2)
+    assert len(server.bodies) < 10
+
+
+def test_an_empty_batch_is_no_work(server: Server) -> None:
+    with TeacherClient(server.url) as client:
+        assert client.score_batch([], 2) == []
+
+
+@pytest.mark.parametrize("url", ["teacher:8000", "ftp://teacher", "http://", ""])
+def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(ValueError, match="http://HOST:PORT"):
+        TeacherClient(url)
+
+
+def test_every_error_has_a_reason_of_the_api() -> None:
+    for error in (TeacherError, *TeacherError.__subclasses__()):
+        assert Reason(error.reason)
+    assert len(TeacherError.__subclasses__()) == len(errors.TeacherError.__subclasses__()) == 4

@@ -1,0 +1,126 @@
+"""`python -m claas_worker`: the agent of a worker Pod, or one step from a file. `--help` says what it can be told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from claas_worker import config, logs
+from claas_worker.job import Step
+
+log = logging.getLogger("claas_worker")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the process."""
+    arguments = config.parse(argv)
+    logs.configure()
+    # The model is a folder; nothing here may ask a hub about it, nor draw bars into the JSON logs.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if arguments.run_request is not None:
+        return _run_request(arguments.step, arguments.run_request)
+    assert arguments.agent is not None
+    return _run_agent(arguments.step, arguments.agent)
+
+
+def _run_agent(step: config.StepSettings, agent: config.AgentSettings) -> int:
+    """The Lease first, in a second: the operator must see this worker long before torch is imported."""
+    from claas_worker.agent import Agent
+    from claas_worker.api import Requests, Unreachable, connect
+    from claas_worker.lease import WorkerLease
+
+    client = connect()
+    lease = WorkerLease(client, agent)
+    try:
+        lease.start()
+        Agent(Requests(client, agent.pod_name, agent.watch_namespace), lease, agent).run(lambda: load_step(step))
+    except Unreachable as error:
+        log.error("the api server is out of reach", extra={"what": str(error)})
+        return 1
+    return 0
+
+
+def load_step(settings: config.StepSettings) -> Step:
+    """The base model in memory, warm, and the step that trains on it. Imports torch."""
+    from time import monotonic
+
+    from transformers.utils import logging as transformers_logging
+
+    from claas_teacher.client import TeacherClient
+    from claas_worker.render import Limits
+    from claas_worker.score import Scorer
+    from claas_worker.step import TrainingStep
+    from claas_worker.student import Student
+
+    transformers_logging.disable_progress_bar()
+    started = monotonic()
+    student = Student.load(
+        settings.model_path,
+        base_model=settings.base_model,
+        device=settings.device,
+        threads=settings.threads,
+        micro_batch_tokens=settings.micro_batch_tokens,
+    )
+    student.warm_up()
+    log.info("model loaded", extra={"device": str(student.device), "seconds": round(monotonic() - started, 2)})
+    teacher = TeacherClient(settings.teacher_url) if settings.teacher_url else None
+    limits = Limits(settings.max_prompt_tokens, settings.max_response_tokens, student.head.shape[0])
+    return TrainingStep(student, Scorer(student, teacher), limits)
+
+
+def _run_request(settings: config.StepSettings, run: config.RunRequest) -> int:
+    """One step by the same code as the agent's, its status on stdout."""
+    import yaml
+    from pydantic import ValidationError
+
+    from claas_crds import names
+    from claas_crds.model import explain
+    from claas_crds.reasons import Outcome
+    from claas_crds.request import DistillRequestSpec, Parent
+    from claas_worker.job import Job, failure, now, status_of
+
+    text = sys.stdin.read() if str(run.file) == "-" else run.file.read_text()
+    manifests = [document for document in yaml.safe_load_all(text) if isinstance(document, dict)]
+    requests = [document for document in manifests if document.get("kind") == names.REQUEST_KIND]
+    if len(requests) != 1:
+        print(f"{run.file} holds {len(requests)} manifests of kind {names.REQUEST_KIND}, expected one", file=sys.stderr)
+        return 1
+    metadata: dict[str, Any] = requests[0].get("metadata") or {}
+    try:
+        spec = DistillRequestSpec.model_validate(requests[0].get("spec") or {})
+    except ValidationError as error:
+        print(f"{run.file}: {explain(error)}", file=sys.stderr)
+        return 1
+    if spec.lora_uri is None:
+        print(
+            f"{run.file}: spec.loraUri is needed: without a cluster nothing resolves spec.adapterRef", file=sys.stderr
+        )
+        return 1
+    job = Job(
+        uid=metadata.get("uid") or str(uuid.uuid4()),
+        name=metadata.get("name") or metadata.get("generateName") or "",
+        namespace=metadata.get("namespace") or "",
+        created=str(metadata.get("creationTimestamp") or now()),
+        attempt=1,
+        parent=Parent(uri=spec.lora_uri),
+        spec=spec,
+        out_uri=run.out_uri,
+    )
+    step = load_step(settings)
+    try:
+        result = step(job, lambda phase: log.info("phase", extra={"phase": phase}))
+    except Exception as error:
+        log.exception("attempt failed", extra={"uid": job.uid})
+        result = failure(error, job.attempt)
+    status = status_of(job, os.uname().nodename, result)
+    print(json.dumps(status.model_dump(by_alias=True, exclude_none=True, mode="json"), indent=2))
+    return 0 if result.outcome in (Outcome.SUCCEEDED, Outcome.NO_SIGNAL) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
