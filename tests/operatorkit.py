@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from kubernetes.aio.client.exceptions import ApiException
+
 from claas_crds import names
 from claas_crds.adapter import LoraAdapterStatus
 from claas_crds.request import DistillRequestStatus
+from claas_operator.actions import Action
+from claas_operator.plan import Plan, plan
 from claas_operator.settings import Settings
-from claas_operator.snapshot import Kind, Snapshot, format_time
-from kubernetes.aio.client.exceptions import ApiException
+from claas_operator.snapshot import Kind, Snapshot, TeacherHealth, format_time
 
 NOW = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)
 MODEL = "org/base"
@@ -56,7 +59,9 @@ def metadata(name: str, namespace: str = "team", *, uid: str = "", version: int 
     }
 
 
-def request(name: str, adapter: str = "coder", *, spec: Raw | None = None, status: Raw | None = None, **meta: Any) -> Raw:
+def request(
+    name: str, adapter: str = "coder", *, spec: Raw | None = None, status: Raw | None = None, **meta: Any
+) -> Raw:
     """A DistillRequest on `adapter`; without one, on a bare uri."""
     on = {"adapterRef": {"name": adapter}} if adapter else {"loraUri": f"{PREFIX}bare/"}
     samples = [{"prompt": "a secret question", "response": "a secret answer", "feedback": "a secret remark"}]
@@ -69,7 +74,9 @@ def request(name: str, adapter: str = "coder", *, spec: Raw | None = None, statu
     }
 
 
-def adapter(name: str = "coder", *, head: int = 1, spec: Raw | None = None, status: Raw | None = None, **meta: Any) -> Raw:
+def adapter(
+    name: str = "coder", *, head: int = 1, spec: Raw | None = None, status: Raw | None = None, **meta: Any
+) -> Raw:
     """A LoraAdapter whose head is the version `head`; 0: it has none yet."""
     has = {
         "uri": f"{PREFIX}{name}/",
@@ -161,7 +168,9 @@ def lease(name: str, state: str = "Ready", running: str = "", *, renewed: dateti
 
 def job(name: str, *, end: str = "", at: datetime = NOW, labels: Raw | None = None, **meta: Any) -> Raw:
     """A worker Job; `end`: Complete or Failed."""
-    conditions = [{"type": end, "status": "True", "reason": "Some", "message": "why", "lastTransitionTime": format_time(at)}]
+    conditions = [
+        {"type": end, "status": "True", "reason": "Some", "message": "why", "lastTransitionTime": format_time(at)}
+    ]
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -236,7 +245,13 @@ async def pause() -> None:
     await _Pause()
 
 
-_PLURALS = {"distillrequests": Kind.REQUEST, "loraadapters": Kind.ADAPTER, "jobs": Kind.JOB, "pods": Kind.POD, "leases": Kind.LEASE}
+_PLURALS = {
+    "distillrequests": Kind.REQUEST,
+    "loraadapters": Kind.ADAPTER,
+    "jobs": Kind.JOB,
+    "pods": Kind.POD,
+    "leases": Kind.LEASE,
+}
 
 
 @dataclass
@@ -308,7 +323,9 @@ class MemoryApi:
             self.events.append(body)
             return body
         meta = body["metadata"]
-        created = metadata(meta["name"], meta["namespace"], uid=f"uid-{meta['name']}-{self.version}", created=self.clock())
+        created = metadata(
+            meta["name"], meta["namespace"], uid=f"uid-{meta['name']}-{self.version}", created=self.clock()
+        )
         return copy.deepcopy(self.add(body | {"metadata": created | meta}))
 
     async def patch_status(self, kind: Kind, namespace: str, name: str, version: int, status: Raw) -> Raw:
@@ -321,7 +338,9 @@ class MemoryApi:
             raise ApiException(status=409, reason="Conflict")
         return copy.deepcopy(self.change(kind, namespace, name, {"status": status}))
 
-    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str, grace_seconds: int | None = None) -> None:
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, *, uid: str, grace_seconds: int | None = None
+    ) -> None:
         await self.pause()
         self.writes += 1
         raw = self.objects.get((kind, namespace, name))
@@ -336,3 +355,32 @@ class MemoryApi:
 
     def path(self, kind: Kind, namespace: str, name: str = "") -> str:
         return f"/{namespace}/{kind.value}/{name}"
+
+
+WORKER = "claas-l40s-1-aaaaa"
+OTHER = "claas-l40s-2-bbbbb"
+
+
+def workers(*names: str) -> list[Raw]:
+    """Ready, idle workers."""
+    return [
+        raw
+        for i, name in enumerate(names, 1)
+        for raw in (job(f"claas-l40s-{i}"), pod(name, job=f"claas-l40s-{i}"), lease(name))
+    ]
+
+
+def about(made: Plan, kind: type[Action]) -> list[Action]:
+    return [action for action in made.actions if isinstance(action, kind)]
+
+
+def decide(*objects: Raw, at: float = 0, using: Settings | None = None, teacher: TeacherHealth | None = None) -> Plan:
+    """The plan over `objects`, `at` seconds after NOW, with the workers' Leases just renewed."""
+    seen = snapshot(*objects, now=later(at))
+    seen.teacher = teacher
+    return plan(seen, using or settings(), later(at))
+
+
+def only(made: Plan, kind: type[Action]) -> Action:
+    assert [type(action) for action in made.actions] == [kind], made.actions
+    return made.actions[0]

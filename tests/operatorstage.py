@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
+
 from claas_crds import names
 from claas_crds.generate import RESOURCES, definition
 from claas_operator.snapshot import format_time

@@ -18,6 +18,7 @@ class Judge:
     """The base model, to be asked with any adapter on."""
 
     def __init__(self, model_dir: Path) -> None:
+        transformers.utils.logging.disable_progress_bar()
         self._dir = model_dir
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
 

@@ -1,7 +1,7 @@
 """A real teacher on this machine's processor: `vllm_server(...)`, and the session's fixture `teacher_server`.
 
 `python -m claas_teacher` in a process group of its own on a free port, waited for until a scoring has gone through it;
-it dies with whoever started it, and a failure to start shows the end of its log.
+it ends with whoever started it, however that ends, and a failure to start shows the end of its log.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def vllm_server(
     command = [sys.executable, "-m", "claas_teacher", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", *command],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -83,11 +83,17 @@ def vllm_server(
             start_new_session=True,
         )
     server = TeacherServer(f"http://127.0.0.1:{port}", str(model), process, log)
-    try:
-        _wait_until_ready(server, limit)
-        yield server
-    finally:
-        _stop(server)
+    # vLLM's engine outlives a server that is killed. The pipe closes when we end: then the whole group is killed.
+    guard = ["sh", "-c", 'cat >/dev/null; kill -KILL -- "-$0"', str(process.pid)]
+    with subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as watcher:
+        try:
+            _wait_until_ready(server, limit)
+            yield server
+        finally:
+            try:
+                _stop(server)
+            finally:
+                watcher.kill()
 
 
 def _wait_until_ready(server: TeacherServer, limit: float) -> None:

@@ -65,7 +65,7 @@ class Api:
         headers = {"Accept": _METADATA} if metadata_only else {}
         while True:
             page = await self._call("GET", f"{base}/{plural}", query=query, headers=headers)
-            for item in page.get("items", []):
+            for item in page.get("items") or []:
                 yield item
             following = page.get("metadata", {}).get("continue")
             if not following:

@@ -148,6 +148,7 @@ class Process:
 def handlers(process: Process) -> kopf.OperatorRegistry:
     """All of kopf's handlers."""
     registry = kopf.OperatorRegistry()
+    kopf.on.login(registry=registry)(kopf.login_via_client)
     kopf.on.startup(registry=registry)(process.start)
     kopf.on.cleanup(registry=registry)(process.clean_up)
 

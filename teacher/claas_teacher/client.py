@@ -62,7 +62,7 @@ class TeacherClient:
         attempts: int = 4,
         concurrency: int = 4,
     ) -> None:
-        """`timeout_s` bounds a call and all its tries, `read_timeout_s` a silence, `concurrency` the samples at once."""
+        """`timeout_s` bounds a call with all its tries, `read_timeout_s` a silence, `concurrency` samples at once."""
         base = httpx.URL(url)
         if base.scheme not in ("http", "https") or not base.host:
             raise ValueError("teacher url: expected http://HOST:PORT")

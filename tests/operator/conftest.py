@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from cluster.controlplane import ControlPlane
 from operatorstage import Stage, apply_crds
 

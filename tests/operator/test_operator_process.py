@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from operatorstage import Stage
 
 pytestmark = pytest.mark.controlplane

@@ -5,59 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
+
 from claas_crds.reasons import Reason
-from claas_operator.actions import Action, Bind, Commit, Complete, DeleteRequest, End, Lock, Retry, Say
-from claas_operator.plan import Plan, plan
-from claas_operator.settings import Settings
-from claas_operator.snapshot import Snapshot, TeacherHealth
+from claas_operator.actions import Bind, Commit, Complete, DeleteRequest, End, Lock, Retry, Say
+from claas_operator.plan import plan
+from claas_operator.snapshot import Kind, Snapshot, TeacherHealth
 from operatorkit import (
     HOME,
     NOW,
     NUMBERS,
+    OTHER,
     PREFIX,
+    WORKER,
     Raw,
+    about,
     active,
     adapter,
     bound,
     claim,
+    decide,
     ended,
     job,
     later,
     lease,
+    only,
     pod,
     request,
     result,
     settings,
     snapshot,
+    workers,
 )
-
-WORKER = "claas-l40s-1-aaaaa"
-OTHER = "claas-l40s-2-bbbbb"
-
-
-def workers(*names: str) -> list[Raw]:
-    """Ready, idle workers."""
-    return [
-        raw
-        for i, name in enumerate(names, 1)
-        for raw in (job(f"claas-l40s-{i}"), pod(name, job=f"claas-l40s-{i}"), lease(name))
-    ]
-
-
-def about(made: Plan, kind: type[Action]) -> list[Action]:
-    return [action for action in made.actions if isinstance(action, kind)]
-
-
-def decide(*objects: Raw, at: float = 0, using: Settings | None = None, teacher: TeacherHealth | None = None) -> Plan:
-    """The plan over `objects`, `at` seconds after NOW, with the workers' Leases just renewed."""
-    seen = snapshot(*objects, now=later(at))
-    seen.teacher = teacher
-    return plan(seen, using or settings(), later(at))
-
-
-def only(made: Plan, kind: type[Action]) -> Action:
-    assert [type(action) for action in made.actions] == [kind], made.actions
-    return made.actions[0]
 
 
 def condition(status: Raw, kind: str) -> Raw:
@@ -74,7 +52,8 @@ def test_a_new_request_locks_its_adapter_and_is_bound_next() -> None:
     status = second.status
     assert (status["worker"], status["attempt"]) == (WORKER, 1)
     assert status["parent"] == {"adapterUid": "uid-coder", "uri": f"{PREFIX}coder/", "headSeq": 1}
-    assert status["claim"] is None and status["result"] is None
+    assert status["claim"] is None
+    assert status["result"] is None
     assert condition(status, "Accepted")["status"] == "True", "accepted and bound in one write"
 
 
@@ -88,7 +67,8 @@ def test_a_bare_request_is_bound_without_a_lock() -> None:
 def test_nothing_is_bound_to_a_worker_that_is_not_ready(state: str) -> None:
     objects = [adapter(), request("r"), job("claas-l40s-1"), pod(WORKER), lease(WORKER, state)]
     made = decide(*objects, at=1)
-    assert not about(made, Lock) and not about(made, Bind)
+    assert not about(made, Lock)
+    assert not about(made, Bind)
 
 
 def test_nothing_is_bound_to_a_silent_or_a_leaving_worker() -> None:
@@ -261,7 +241,11 @@ def test_nothing_to_learn_completes_without_a_commit_and_frees() -> None:
     reported = request("r", status=bound(WORKER) | claim(WORKER) | result("NoSignal"))
     done = only(decide(held, reported, *workers(WORKER)), Complete)
     assert isinstance(done, Complete)
-    assert (done.status["loraUri"], done.status["version"], done.status["reason"]) == (f"{PREFIX}coder/", "", "NoSignal")
+    assert (done.status["loraUri"], done.status["version"], done.status["reason"]) == (
+        f"{PREFIX}coder/",
+        "",
+        "NoSignal",
+    )
     complete = request("r", status=done.status)
     assert [type(a).__name__ for a in decide(held, complete, *workers(WORKER)).actions] == ["Free"]
 
@@ -411,7 +395,10 @@ def test_a_retryable_failure_waits_longer_each_time() -> None:
     held = adapter(status={"active": active("r")})
     for attempt, seconds in ((1, 5), (2, 10), (3, 20)):
         failed = request(
-            "r", status=bound(WORKER, attempt) | claim(WORKER, attempt) | result("Retryable", attempt, reason="StorageUnavailable")
+            "r",
+            status=bound(WORKER, attempt)
+            | claim(WORKER, attempt)
+            | result("Retryable", attempt, reason="StorageUnavailable"),
         )
         early = decide(held, failed, *workers(WORKER), at=seconds - 0.5)
         assert not about(early, Retry)
@@ -510,18 +497,12 @@ def test_the_same_snapshot_gives_the_same_plan() -> None:
 def test_one_bad_object_does_not_stop_the_rest() -> None:
     seen = snapshot(request("good", ""), *workers(WORKER))
     bad = request("bad", "", status={"attempt": "many"})
-    seen.put(type(next(iter(seen.requests.values()))) and _kind(bad), bad, NOW)
-    seen.put(_kind(bad), {"metadata": {"uid": "x", "resourceVersion": "z"}}, NOW)
-    seen.put(_kind(lease("l")), {"metadata": {"uid": "y", "resourceVersion": "5", "annotations": 3}}, NOW)
+    seen.put(Kind.REQUEST, bad, NOW)
+    seen.put(Kind.REQUEST, {"metadata": {"uid": "x", "resourceVersion": "z"}}, NOW)
+    seen.put(Kind.LEASE, {"metadata": {"uid": "y", "resourceVersion": "5", "annotations": 3}}, NOW)
     assert set(seen.broken) == {"uid-bad", "x", "y"}
     assert "many" not in str(seen.broken)
     assert [a.about for a in about(plan(seen, settings(), NOW), Bind)] == ["team/good"]
-
-
-def _kind(raw: Raw):  # type: ignore[no-untyped-def]
-    from operatorkit import kind_of
-
-    return kind_of(raw)
 
 
 def test_a_namespace_pool_binds_to_workers_of_the_requests_namespace_only() -> None:

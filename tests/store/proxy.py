@@ -1,4 +1,4 @@
-"""A TCP proxy before a real store that loses answers: the request arrives and is carried out, the client never hears."""
+"""A TCP proxy before a real store that loses answers: the request is carried out, and the client never hears."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 
 class LossyProxy:
-    """Forwards to `endpoint`; the next `lose` answers to requests that begin with `method` and contain `text` are lost."""
+    """Forwards to `endpoint`; the next `lose` answers to requests that begin with `method` and hold `text` are lost."""
 
     def __init__(self, endpoint: str) -> None:
         address = urlsplit(endpoint)

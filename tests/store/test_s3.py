@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from objectstore import ObjectStore, running
-from store.proxy import LossyProxy, lossy
 
 from claas_store import s3
 from claas_store.errors import AlreadyExists, NotFound, StorageDenied, StorageUnavailable
 from claas_store.stores import open_store
 from claas_store.version import find_manifest, read_version
+from objectstore import ObjectStore, running
+from store.proxy import LossyProxy, lossy
 
 
 @pytest.fixture
@@ -129,7 +129,12 @@ def test_a_store_that_goes_down_and_comes_back(tmp_path: Path, monkeypatch: pyte
         store = open_store(uri)
         store.put(uri, b"data")
     start = time.monotonic()
-    for call in (lambda: store.get(uri), lambda: store.put(uri, b""), lambda: store.list(uri), lambda: read_version(uri)):
+    for call in (
+        lambda: store.get(uri),
+        lambda: store.put(uri, b""),
+        lambda: store.list(uri),
+        lambda: read_version(uri),
+    ):
         with pytest.raises(StorageUnavailable, match="no answer") as caught:
             call()
         assert caught.value.retryable

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from objectstore import ObjectStore
 
 from claas_store.errors import AlreadyExists, NotFound, StorageDenied, TooLarge, UriInvalid
 from claas_store.stores import open_store
+from objectstore import ObjectStore
 
 
 def test_round_trip(home: str) -> None:

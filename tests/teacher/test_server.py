@@ -8,8 +8,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from claas_teacher.client import TeacherClient
 from claas_teacher.errors import TeacherRefused
@@ -36,11 +34,16 @@ def client(teacher_server: TeacherServer) -> Iterator[TeacherClient]:
 
 @pytest.fixture(scope="module")
 def tokenizer(teacher_server: TeacherServer) -> Any:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(teacher_server.model)
 
 
 @pytest.fixture(scope="module")
 def model(teacher_server: TeacherServer) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(teacher_server.model, dtype=torch.float32).eval()
 
 
@@ -53,6 +56,8 @@ def samples(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
 
 def reference(model: Any, prompt: list[int], response: list[int]) -> np.ndarray:
     """(N, V) log-softmax of a forward pass, float32, on the response's rows."""
+    import torch
+
     with torch.inference_mode():
         logits = model(torch.tensor([prompt + response])).logits[0]  # (L, V)
     rows = logits[len(prompt) - 1 : -1]  # token t is scored by row len(prompt) - 1 + t

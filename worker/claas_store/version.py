@@ -201,7 +201,8 @@ def write_version(
 
 
 def encode(config: Mapping[str, Any], tensors: Tensors, optimizer: OptimizerState | None) -> dict[str, bytes]:
-    """The files of a version but its manifest; the same input gives the same bytes.
+    """The files of a version but its manifest; the same input gives the same bytes (metadata of a safetensors header
+    comes in random order, so there is one key in each).
 
     Raises:
         VersionInvalid: as `write_version`.
@@ -214,7 +215,7 @@ def encode(config: Mapping[str, Any], tensors: Tensors, optimizer: OptimizerStat
         ).model_dump_json(by_alias=True)
         moments = {f"{name}.exp_avg": value for name, value in optimizer.exp_avg.items()}
         moments |= {f"{name}.exp_avg_sq": value for name, value in optimizer.exp_avg_sq.items()}
-        files[OPTIMIZER] = safetensors.numpy.save(_float32(moments), {"format": "pt", _HEADER_KEY: header})
+        files[OPTIMIZER] = safetensors.numpy.save(_float32(moments), {_HEADER_KEY: header})
     for name, data in files.items():
         if len(data) > _BOUNDS[name]:
             raise VersionInvalid(f"{name} would have {len(data)} bytes, at most {_BOUNDS[name]} can be kept")
@@ -377,7 +378,7 @@ def _parse_safetensors(data: bytes, what: str) -> dict[str, NDArray[np.float32]]
     except safetensors.SafetensorError as error:
         raise VersionInvalid(f"{what} is not a safetensors file ({str(error)[:120]})") from None
     tensors = {}
-    for name, part in parts:
+    for name, part in sorted(parts, key=lambda part: part[0]):  # as it comes, the order is a hash table's
         match part["dtype"]:
             case "F32":
                 array = np.frombuffer(part["data"], dtype="<f4")

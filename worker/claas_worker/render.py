@@ -96,7 +96,7 @@ def render(
     Raises:
         EmptyResponse, ResponseTooLong, PromptTooLong: see section 6 of the design; a prompt is too long when it does
             not fit even with everything cut out of feedback and solution.
-        TokenizerMismatch: the tokenizer ends no turn with a token, or the model has no row for one of `responseTokenIds`.
+        TokenizerMismatch: the tokenizer ends no turn with a token, or the model lacks a row for `responseTokenIds`.
     """
     markup = _markup(tokenizer)
     response = _response_ids(sample, tokenizer, markup, limits, where)

@@ -135,8 +135,9 @@ class Student:
         """
         ids = list(range(1, 9))
         with torch.no_grad():
-            (hidden,) = self.hidden([Context(ids[:1], ids)])
-            logits = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0]
+            (hidden,) = self.hidden([Context(ids[:1], ids)])  # one row for each of the ids
+            sequence = torch.tensor([[*ids[:1], *ids[:-1]]], device=self.device)
+            logits = self.model(input_ids=sequence, use_cache=False).logits[0]
             ours = hidden @ self.head.T
         if not torch.allclose(ours.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
             raise ValueError(

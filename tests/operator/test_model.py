@@ -1,0 +1,570 @@
+"""A small model of the whole control plane with the real `plan` and the real `apply` in it.
+
+Hypothesis plays users, two leaders (either may be stale, or die between any two calls), the kubelet, and workers that
+die, wedge, drain, report late or go on after their Pod was taken away. After each step the invariants of
+the architecture hold; and from wherever it got, a calm world ends every request.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from kubernetes.aio.client.exceptions import ApiException
+
+from claas_crds import names
+from claas_operator.actions import Action
+from claas_operator.apply import Apply, Lost
+from claas_operator.plan import plan
+from claas_operator.snapshot import Kind, Snapshot
+from operatorkit import (
+    HOME,
+    NOW,
+    NUMBERS,
+    MemoryApi,
+    Raw,
+    adapter,
+    answer_pod,
+    format_time,
+    kind_of,
+    lease,
+    pause,
+    pod,
+    request,
+    settings,
+)
+
+TEAM = "team"
+ADAPTERS = ("coder", "writer")
+MAX_REQUESTS = 8
+CALM_ROUNDS = 400
+OUTCOMES = ("Succeeded", "Succeeded", "Succeeded", "NoSignal", "Failed", "Retryable")
+BREAKS = ("Failed", "Succeeded", "gone", "wedged", "immortal")
+
+
+@dataclass
+class Leader:
+    """A leader's process: its snapshot, how far its watches are, and what it is just doing."""
+
+    snapshot: Snapshot
+    apply: Apply
+    heard: int
+    doing: dict[str, tuple[Action, Coroutine[Any, Any, None]]] = field(default_factory=dict)
+
+
+@dataclass
+class WorkerProcess:
+    """A worker's process. It may live on after its Pod object is gone."""
+
+    name: str
+    job: str
+    alive: bool = True
+    beating: bool = True
+    state: str = "Starting"
+    running: set[str] = field(default_factory=set)
+    training: dict[str, tuple[int, str, str]] = field(default_factory=dict)  # uid -> attempt, parent uri, adapter uid
+
+
+def ended(raw: Raw) -> bool:
+    conditions = (raw.get("status") or {}).get("conditions") or []
+    return any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in conditions)
+
+
+class ControlPlaneModel(RuleBasedStateMachine):
+    """See the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = NOW
+        self.api = MemoryApi(clock=lambda: self.now, pause=pause)
+        self.settings = settings(pool={"batch": 2, "maxWorkers": 2}, operations={"template": OPERATION})
+        self.workers: dict[str, WorkerProcess] = {}
+        self.made = 0
+        self.harm = {"cancel": 2, "delete": 1, "recreate": 1, "break": 4}  # else nothing is left to go wrong
+        self.checked = 0
+        self.heads: dict[str, tuple[int, str]] = {}  # adapter uid -> headSeq, uri
+        self.moved_by: set[str] = set()
+        self.parents: dict[str, str] = {}  # version -> the version that it was trained from
+        self.leaders = [self.leader(), self.leader()]
+
+    # What happens
+
+    def leader(self) -> Leader:
+        """A fresh process: everything listed, nothing remembered."""
+        snapshot = Snapshot()
+        for raw in self.api.objects.values():
+            snapshot.put(kind_of(raw), raw, self.now)
+        snapshot.contact_since = self.now
+        apply = Apply(self.api, snapshot, self.settings, lambda: True, lambda: self.now)  # type: ignore[arg-type]
+        return Leader(snapshot, apply, len(self.api.log))
+
+    @initialize(begun=st.booleans())
+    def adapters(self, begun: bool) -> None:
+        """An empty world, or one with work on its way."""
+        self.api.add(adapter(ADAPTERS[0]))
+        self.api.add(adapter(ADAPTERS[1], head=0))
+        if begun:
+            for on in (ADAPTERS[0], ADAPTERS[0], ADAPTERS[1]):
+                self.user_creates(on, 10)
+            self.leader_turns(0)
+            self.pods_start()
+            self.leader_turns(0)
+            self.hears(1, len(self.api.log), again=False)
+
+    @precondition(lambda self: self.made < MAX_REQUESTS)
+    @rule(on=st.sampled_from([*ADAPTERS, ADAPTERS[0], ""]), backoff=st.sampled_from([0, 3, 10]))
+    def user_creates(self, on: str, backoff: int) -> None:
+        self.made += 1
+        spec = {"backoffLimit": backoff, "activeDeadlineSeconds": 600}
+        self.api.add(request(f"r{self.made}", on, spec=spec, created=self.now))
+
+    def may(self, what: str) -> bool:
+        """Whether there is some of that harm left to do; then one less."""
+        self.harm[what] -= 1
+        return self.harm[what] >= 0
+
+    @rule(i=st.integers(1, MAX_REQUESTS))
+    def user_cancels(self, i: int) -> None:
+        if not self.may("cancel"):
+            return
+        if raw := self.api.objects.get((Kind.REQUEST, TEAM, f"r{i}")):
+            generation = raw["metadata"]["generation"] + 1
+            patch = {"spec": {"cancel": True}, "metadata": {"generation": generation}}
+            self.api.change(Kind.REQUEST, TEAM, f"r{i}", patch)
+
+    @rule(i=st.integers(1, MAX_REQUESTS))
+    def user_deletes(self, i: int) -> None:
+        if (Kind.REQUEST, TEAM, f"r{i}") in self.api.objects and self.may("delete"):
+            self.api.drop(Kind.REQUEST, TEAM, f"r{i}")
+
+    @rule(name=st.sampled_from(ADAPTERS), ready=st.booleans())
+    def user_recreates_adapter(self, name: str, ready: bool) -> None:
+        if not self.may("recreate"):
+            return
+        if (Kind.ADAPTER, TEAM, name) in self.api.objects:
+            self.api.drop(Kind.ADAPTER, TEAM, name)
+        self.api.add(adapter(name, head=int(ready), uid=f"uid-{name}-{self.api.version}", created=self.now))
+
+    @rule(seconds=st.sampled_from([0.5, 5, 20, 40]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+        for worker in self.workers.values():
+            self.renew(worker)
+
+    # Leaders
+
+    @rule(who=st.integers(0, 1), count=st.integers(1, 40), again=st.booleans())
+    def hears(self, who: int, count: int, again: bool) -> None:
+        """Events arrive, late; and some of them twice."""
+        leader = self.leaders[who]
+        start = max(0, leader.heard - 5) if again else leader.heard
+        for kind, how, raw in self.api.log[start : leader.heard + count]:
+            if how == "DELETED":
+                leader.snapshot.remove(kind, raw["metadata"]["uid"], self.now)
+            else:
+                leader.snapshot.put(kind, raw, self.now)
+        leader.heard = min(len(self.api.log), leader.heard + count)
+
+    @rule(who=st.integers(0, 1), first=st.integers(0, 3))
+    def plans(self, who: int, first: int) -> None:
+        """Decides, and begins to act: on everything, or on some of it."""
+        leader = self.leaders[who]
+        for action in plan(leader.snapshot, self.settings, self.now).actions[first if first < 3 else 0 :]:
+            if action.key not in leader.doing:
+                leader.doing[action.key] = (action, leader.apply(action))
+                leader.snapshot.in_flight[action.key] = action
+
+    @rule(who=st.integers(0, 1), which=st.integers(0, 10), calls=st.integers(1, 4))
+    def acts(self, who: int, which: int, calls: int) -> None:
+        """One action goes on by some calls to the API server."""
+        leader = self.leaders[who]
+        if leader.doing:
+            key = sorted(leader.doing)[which % len(leader.doing)]
+            for _ in range(calls):
+                if not self.step(leader, key):
+                    break
+
+    @rule(who=st.integers(0, 1))
+    def acts_on_all(self, who: int) -> None:
+        leader = self.leaders[who]
+        for key in sorted(leader.doing):
+            while self.step(leader, key):
+                pass
+
+    @rule(who=st.integers(0, 1))
+    def leader_turns(self, who: int) -> None:
+        """The usual case: hears everything, decides, acts; twice, for what follows from it."""
+        for _ in range(2):
+            self.hears(who, len(self.api.log), again=False)
+            self.plans(who, 3)
+            self.acts_on_all(who)
+
+    @rule(who=st.integers(0, 1))
+    def leader_dies(self, who: int) -> None:
+        for _, running in self.leaders[who].doing.values():
+            running.close()
+        self.leaders[who] = self.leader()
+
+    def step(self, leader: Leader, key: str) -> bool:
+        """Whether the action has more to do."""
+        action, running = leader.doing[key]
+        try:
+            running.send(None)
+        except (StopIteration, Lost):
+            pass
+        except ApiException as error:
+            assert error.status in (404, 409), f"{action} was refused: {error.status} {error.reason}"
+        else:
+            return True
+        del leader.doing[key]
+        leader.snapshot.in_flight.pop(key, None)
+        return False
+
+    # Kubelet and Job controller
+
+    @rule()
+    def kubelet(self) -> None:
+        """Jobs get their Pods, Pods that must go go with their process, Jobs end with their Pods."""
+        for (kind, namespace, name), raw in list(self.api.objects.items()):
+            if kind is not Kind.JOB or (raw.get("status") or {}).get("conditions"):
+                continue
+            labels = raw["metadata"]["labels"]
+            if labels[names.COMPONENT_LABEL] == names.COMPONENT_OPERATION:
+                self.run_operation(namespace, name, raw)
+            else:
+                self.run_worker(namespace, name)
+        for worker in self.workers.values():
+            found = self.api.objects.get((Kind.POD, HOME, worker.name))
+            if found is not None and "deletionTimestamp" in found["metadata"]:
+                worker.alive = False
+                self.take_pod(worker)
+
+    def run_operation(self, namespace: str, name: str, raw: Raw) -> None:
+        args = raw["spec"]["template"]["spec"]["containers"][0]["args"]
+        uri = args[args.index("--uri") + 1]
+        if (Kind.POD, namespace, f"{name}-x") not in self.api.objects:
+            answer = {"ok": True, "uri": uri, "version": uri.rstrip("/").rpartition("/")[2], "sha256": "0"}
+            self.api.add(answer_pod(name, answer))
+            self.end_job(namespace, name, "Complete")
+
+    def run_worker(self, namespace: str, name: str) -> None:
+        worker = f"{name}-p"
+        if worker not in self.workers:
+            self.workers[worker] = WorkerProcess(worker, name)
+            self.api.add(pod(worker, job=name, uid=f"uid-{worker}"))
+            self.show(self.workers[worker])
+        elif (Kind.POD, HOME, worker) not in self.api.objects:
+            self.end_job(namespace, name, "Failed")
+
+    def end_job(self, namespace: str, name: str, how: str) -> None:
+        if (Kind.JOB, namespace, name) in self.api.objects:
+            condition = {"type": how, "status": "True", "lastTransitionTime": format_time(self.now)}
+            self.api.change(Kind.JOB, namespace, name, {"status": {"conditions": [condition]}})
+
+    def take_pod(self, worker: WorkerProcess) -> None:
+        """The Pod object goes, and with it, later, its Lease (the garbage collector is in no hurry)."""
+        self.api.drop(Kind.POD, HOME, worker.name)
+
+    @rule()
+    def garbage_collector(self) -> None:
+        for kind, namespace, name in list(self.api.objects):
+            if kind is Kind.LEASE and (Kind.POD, namespace, name) not in self.api.objects:
+                self.api.drop(kind, namespace, name)
+
+    # Workers
+
+    @rule()
+    def pods_start(self) -> None:
+        """The usual case: the Pods of new Jobs run, and their workers are Ready."""
+        self.kubelet()
+        for worker in self.workers.values():
+            if worker.alive and worker.state == "Starting":
+                worker.state = "Ready"
+                self.show(worker)
+
+    @rule()
+    def workers_claim(self) -> None:
+        """The usual case: every worker claims what is bound to it."""
+        for i in range(len(self.workers)):
+            self.worker_claims(i, 0)
+
+    @rule()
+    def workers_succeed(self) -> None:
+        """The usual case: what was claimed is done."""
+        for worker in self.workers.values():
+            for uid in sorted(worker.training) if worker.alive else []:
+                self.report(worker, uid, "Succeeded")
+
+    @rule(i=st.integers(0, 5))
+    def worker_is_ready(self, i: int) -> None:
+        if (worker := self.pick(i)) and worker.state == "Starting":
+            worker.state = "Ready"
+            self.show(worker)
+
+    @rule(i=st.integers(0, 5), which=st.integers(0, 5))
+    def worker_claims(self, i: int, which: int) -> None:
+        """Announce, then claim: JSON Patch tests worker and attempt; no terminal condition, no result."""
+        worker = self.pick(i)
+        if worker is None or worker.state == "Starting":
+            return
+        mine = [r for r in self.requests() if r["status"].get("worker") == worker.name and not ended(r)]
+        mine = [r for r in mine if (r["status"].get("result") or {}).get("attempt") != r["status"]["attempt"]]
+        mine = [r for r in mine if r["metadata"]["uid"] not in worker.training]
+        if mine:
+            raw = mine[which % len(mine)]
+            self.begin(worker, raw)
+
+    def begin(self, worker: WorkerProcess, raw: Raw) -> None:
+        uid, status = raw["metadata"]["uid"], raw["status"]
+        worker.running.add(uid)
+        self.show(worker)
+        on = status["parent"]["adapterUid"]
+        if on:
+            self.nobody_else_trains(worker, on)
+        claim = {"worker": worker.name, "attempt": status["attempt"], "at": format_time(self.now)}
+        self.api.change(Kind.REQUEST, TEAM, raw["metadata"]["name"], {"status": {"claim": claim}})
+        worker.training[uid] = (status["attempt"], status["parent"]["uri"], on)
+
+    @rule(i=st.integers(0, 5), which=st.integers(0, 5), outcome=st.sampled_from(OUTCOMES))
+    def worker_reports(self, i: int, which: int, outcome: str) -> None:
+        worker = self.pick(i)
+        if worker is not None and worker.training:
+            self.report(worker, sorted(worker.training)[which % len(worker.training)], outcome)
+
+    def report(self, worker: WorkerProcess, uid: str, outcome: str) -> None:
+        """Tests worker and attempt; where they moved on, the result is dropped. Then the uid leaves the Lease."""
+        attempt, parent, _ = worker.training.pop(uid)
+        raw = next((r for r in self.requests() if r["metadata"]["uid"] == uid), None)
+        if raw and (raw["status"].get("worker"), raw["status"].get("attempt")) == (worker.name, attempt):
+            body: Raw = {"attempt": attempt, "outcome": outcome, "reason": outcome, "at": format_time(self.now)}
+            if outcome == "Succeeded":
+                uri = f"{parent.rstrip('/')}-{uid}-a{attempt}/"
+                self.parents[uri] = parent
+                body |= {"loraUri": uri, "metadata": NUMBERS}
+            self.api.change(Kind.REQUEST, TEAM, raw["metadata"]["name"], {"status": {"result": body}})
+        worker.running.discard(uid)
+        self.show(worker)
+
+    @rule(i=st.integers(0, 5))
+    def worker_drains(self, i: int) -> None:
+        if (worker := self.pick(i)) and not worker.training:
+            worker.state = "Draining"
+            self.show(worker)
+
+    @rule(i=st.integers(0, 5), how=st.sampled_from(BREAKS))
+    def worker_breaks(self, i: int, how: str) -> None:
+        worker = self.pick(i)
+        if worker is None or (Kind.POD, HOME, worker.name) not in self.api.objects or not self.may("break"):
+            return
+        if how == "wedged":
+            worker.beating = False
+        elif how == "immortal":  # its node is cut off and its Pod was taken away: the process knows nothing of it
+            worker.beating = False
+            self.take_pod(worker)
+        else:
+            worker.alive = False
+            if how == "gone":
+                self.take_pod(worker)
+            else:
+                self.api.change(Kind.POD, HOME, worker.name, {"status": {"phase": how}})
+                self.end_job(HOME, worker.job, "Complete" if how == "Succeeded" else "Failed")
+
+    def pick(self, i: int) -> WorkerProcess | None:
+        alive = [worker for worker in self.workers.values() if worker.alive]
+        return alive[i % len(alive)] if alive else None
+
+    def requests(self) -> list[Raw]:
+        return [raw for key, raw in self.api.objects.items() if key[0] is Kind.REQUEST]
+
+    def show(self, worker: WorkerProcess) -> None:
+        """Writes the worker's Lease, if it can."""
+        if not worker.beating or not worker.alive:
+            return
+        raw = lease(worker.name, worker.state, ",".join(sorted(worker.running)), renewed=self.now)
+        if (Kind.LEASE, HOME, worker.name) in self.api.objects:
+            patch = {"metadata": {"annotations": raw["metadata"]["annotations"]}, "spec": raw["spec"]}
+            self.api.change(Kind.LEASE, HOME, worker.name, patch)
+        elif (Kind.POD, HOME, worker.name) in self.api.objects:
+            self.api.add(raw)
+
+    def renew(self, worker: WorkerProcess) -> None:
+        if worker.alive and worker.beating:
+            self.show(worker)
+
+    # What must hold
+
+    def nobody_else_trains(self, worker: WorkerProcess, adapter_uid: str) -> None:
+        for other in self.workers.values():
+            there = self.api.objects.get((Kind.POD, HOME, other.name))
+            if other is worker or not other.alive or there is None:
+                continue  # dead, or fenced: what it trains cannot be reported
+            for uid, (attempt, _, on) in other.training.items():
+                if on != adapter_uid:
+                    continue
+                raw = next((r for r in self.requests() if r["metadata"]["uid"] == uid), None)
+                wanted = raw is not None and raw["status"].get("attempt") == attempt and not ended(raw)
+                assert not wanted, f"{worker.name} and {other.name} train {adapter_uid} at the same time"
+
+    @invariant()
+    def heads_move_once_and_in_a_line(self) -> None:
+        for kind, how, raw in self.api.log[self.checked :]:
+            status = raw.get("status") or {}
+            if kind is Kind.ADAPTER and how != "DELETED":
+                self.check_head(raw["metadata"]["uid"], status)
+            elif kind is Kind.REQUEST and how == "MODIFIED" and status.get("version") and raw["spec"].get("adapterRef"):
+                assert raw["metadata"]["uid"] in self.moved_by, "Complete before the head moved"
+        self.checked = len(self.api.log)
+
+    def check_head(self, uid: str, status: Raw) -> None:
+        seq, uri = status.get("headSeq", 0), status.get("uri", "")
+        before = self.heads.get(uid)
+        self.heads[uid] = (seq, uri)
+        if before is None or before[0] == seq:
+            assert before is None or before[1] == uri, "the head changed without headSeq"
+            return
+        assert seq == before[0] + 1, f"headSeq went from {before[0]} to {seq}"
+        if before[0] == 0:
+            return
+        by = status["history"][-1]["requestUid"]
+        assert by not in self.moved_by, f"{by} moved a head twice"
+        self.moved_by.add(by)
+        assert self.parents[uri] == before[1], "the new head was not trained from the old one"
+
+    # A calm world
+
+    def teardown(self) -> None:
+        """Whatever happened: one leader, workers that work, and time. Every request ends and no lock stays."""
+        for leader in self.leaders:
+            for _, running in leader.doing.values():
+                running.close()
+        self.leaders = [self.leader(), self.leader()]
+        for worker in self.workers.values():  # the immortal die at last
+            worker.alive = worker.alive and (Kind.POD, HOME, worker.name) in self.api.objects
+        for _ in range(CALM_ROUNDS):
+            if self.at_rest():
+                break
+            self.kubelet()
+            self.garbage_collector()
+            self.time_passes(1)
+            self.work()
+            self.hears(0, len(self.api.log), again=False)
+            self.plans(0, 3)
+            self.acts_on_all(0)
+            self.heads_move_once_and_in_a_line()
+        assert self.at_rest(), "\n".join(str(raw["status"]) for raw in self.requests() if not ended(raw))
+
+    def work(self) -> None:
+        for worker in list(self.workers.values()):
+            if not worker.alive or not worker.beating:
+                continue
+            if worker.state == "Starting":
+                worker.state = "Ready"
+                self.show(worker)
+            for uid in list(worker.training):
+                self.report(worker, uid, "Succeeded")
+            for uid in list(worker.running):  # announced, and lost before the claim
+                worker.running.discard(uid)
+                self.show(worker)
+            for raw in self.requests():
+                status = raw["status"]
+                done = (status.get("result") or {}).get("attempt") == status.get("attempt")
+                if status.get("worker") == worker.name and not ended(raw) and not done:
+                    self.begin(worker, raw)
+            if worker.state == "Draining" and not worker.training:
+                worker.alive = False
+                self.api.change(Kind.POD, HOME, worker.name, {"status": {"phase": "Succeeded"}})
+                self.end_job(HOME, worker.job, "Complete")
+
+    def at_rest(self) -> bool:
+        held = [raw for key, raw in self.api.objects.items() if key[0] is Kind.ADAPTER and raw["status"].get("active")]
+        return all(ended(raw) for raw in self.requests()) and not held
+
+
+OPERATION = {"spec": {"containers": [{"name": "operation", "image": "example/claas:1"}]}}
+TestControlPlane = ControlPlaneModel.TestCase
+TestControlPlane.settings = hypothesis_settings(
+    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+# Hypothesis finds short histories and makes them shorter; races need long ones, with the usual cases often among them.
+STEPS = 120
+WALKS = int(__import__("os").environ.get("EX", "150"))
+WEIGHTS = {
+    "leader_turns": 6,
+    "hears": 8,
+    "plans": 10,
+    "acts": 16,
+    "acts_on_all": 4,
+    "leader_dies": 1,
+    "kubelet": 4,
+    "pods_start": 4,
+    "garbage_collector": 2,
+    "worker_is_ready": 2,
+    "worker_claims": 6,
+    "workers_claim": 4,
+    "worker_reports": 6,
+    "workers_succeed": 3,
+    "worker_drains": 1,
+    "worker_breaks": 3,
+    "time_passes": 6,
+    "user_creates": 4,
+    "user_cancels": 1,
+    "user_deletes": 1,
+    "user_recreates_adapter": 1,
+}
+
+
+def walk(seed: int) -> list[str]:
+    """A random history of STEPS steps. What was done, for the error message."""
+    dice = random.Random(seed)
+    model = ControlPlaneModel()
+    model.adapters(begun=dice.random() < 0.8)
+    history: list[str] = []
+    arguments = {
+        "leader_turns": lambda: {"who": dice.randrange(2)},
+        "hears": lambda: {"who": dice.randrange(2), "count": dice.choice([1, 2, 5, 40]), "again": dice.random() < 0.3},
+        "plans": lambda: {"who": dice.randrange(2), "first": dice.choice([0, 0, 1, 2, 3])},
+        "acts": lambda: {"who": dice.randrange(2), "which": dice.randrange(10), "calls": dice.randint(1, 4)},
+        "acts_on_all": lambda: {"who": dice.randrange(2)},
+        "leader_dies": lambda: {"who": dice.randrange(2)},
+        "worker_is_ready": lambda: {"i": dice.randrange(6)},
+        "worker_claims": lambda: {"i": dice.randrange(6), "which": dice.randrange(6)},
+        "worker_reports": lambda: {
+            "i": dice.randrange(6),
+            "which": dice.randrange(6),
+            "outcome": dice.choice(OUTCOMES),
+        },
+        "worker_drains": lambda: {"i": dice.randrange(6)},
+        "worker_breaks": lambda: {"i": dice.randrange(6), "how": dice.choice(BREAKS)},
+        "time_passes": lambda: {"seconds": dice.choice([0.5, 0.5, 5, 20, 40])},
+        "user_creates": lambda: {"on": dice.choice([*ADAPTERS, ADAPTERS[0], ""]), "backoff": dice.choice([0, 3, 10])},
+        "user_cancels": lambda: {"i": dice.randint(1, MAX_REQUESTS)},
+        "user_deletes": lambda: {"i": dice.randint(1, MAX_REQUESTS)},
+        "user_recreates_adapter": lambda: {"name": dice.choice(ADAPTERS), "ready": dice.random() < 0.5},
+    }
+    names_, weights = list(WEIGHTS), list(WEIGHTS.values())
+    try:
+        for name in dice.choices(names_, weights, k=STEPS):
+            if name == "user_creates" and model.made >= MAX_REQUESTS:
+                continue
+            given = arguments.get(name, dict)()
+            history.append(f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})")
+            getattr(model, name)(**given)
+            model.heads_move_once_and_in_a_line()
+        history.append("teardown()")
+        model.teardown()
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}: {error}\n" + "\n".join(history)) from error
+    return list(model.moved_by)
+
+
+def test_long_random_histories_keep_the_invariants_and_let_every_request_end() -> None:
+    moves = [len(walk(seed)) for seed in range(WALKS)]
+    assert sum(moves) > WALKS, "the walks must get somewhere, or they prove nothing"

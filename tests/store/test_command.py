@@ -1,0 +1,151 @@
+"""`python -m claas_store`: the answers that the operator reads, and the words that people read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from claas_store import __main__ as command
+from claas_store.version import ADAPTER, read_version
+from store import examples
+
+
+@pytest.fixture
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The container's termination log."""
+    path = tmp_path / "termination-log"
+    monkeypatch.setenv("CLAAS_TERMINATION_LOG", str(path))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return examples.model_dir(tmp_path / "model")
+
+
+def create(home: str, model: Path, **more: str) -> int:
+    options = {
+        "uri": home,
+        "base-model": examples.BASE,
+        "model-dir": str(model),
+        "r": "4",
+        "alpha": "8",
+        "target-modules": "q_proj,down_proj",
+        "adapter-uid": examples.UID,
+        **more,
+    }
+    return command.main(["create", *(word for name, value in options.items() for word in (f"--{name}", value))])
+
+
+def read(answers: Path) -> dict[str, Any]:
+    data = answers.read_bytes()
+    assert len(data) <= 4096
+    answer: dict[str, Any] = json.loads(data)
+    return answer
+
+
+def test_create_answers_with_the_version(
+    home: str, model: Path, answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert create(f"{home}coder", model) == 0
+        version = read_version(f"{home}coder")
+        assert read(answers) == {
+            "ok": True,
+            "uri": f"{home}coder/",
+            "version": "coder",
+            "sha256": version.manifest_sha256,
+        }
+        assert json.loads(capsys.readouterr().out) == read(answers)
+    assert version.config["lora_alpha"] == 8
+
+
+def test_create_from_another(home: str, model: Path, answers: Path) -> None:
+    create(f"{home}coder", model)
+    assert create(f"{home}fork", model, **{"init-from": f"{home}coder", "adapter-uid": "fork"}) == 0
+    assert read(answers)["version"] == "fork"
+    assert read_version(f"{home}fork").manifest.files == read_version(f"{home}coder").manifest.files
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "said"),
+    [
+        ({"r": "0"}, "InvalidSpec", "spec.lora is out of bounds: r"),
+        ({"alpha": "nan"}, "InvalidSpec", "alpha"),
+        ({"r": "four"}, "InvalidSpec", "--r"),
+        ({"target-modules": "q_proj,w_pack"}, "InvalidSpec", "w_pack match no linear layer"),
+        ({"target-modules": ""}, "InvalidSpec", "target"),
+        ({"uri": "s3://bucket/../x"}, "InvalidSpec", "'..' segment"),
+        ({"uri": "file:///etc/adapters/"}, "StorageDenied", "outside the file roots"),
+        ({"model-dir": "/nowhere"}, "InvalidSpec", "/nowhere"),
+        ({"init-from": "file:///etc/adapters/"}, "StorageDenied", "outside the file roots"),
+    ],
+)
+def test_what_cannot_work_is_an_answer(
+    root: Path, model: Path, answers: Path, options: dict[str, str], reason: str, said: str
+) -> None:
+    assert create(f"file://{root}/coder", model, **options) == 1
+    answer = read(answers)
+    assert (answer["ok"], answer["reason"], answer["retryable"]) == (False, reason, False)
+    assert said in answer["message"]
+
+
+def test_bad_arguments_are_an_answer(answers: Path) -> None:
+    for arguments in ([], ["frobnicate"], ["create", "--uri", "s3://bucket/a"]):
+        assert command.main(arguments) == 1
+        assert read(answers)["reason"] == "InvalidSpec"
+
+
+def test_the_store_is_down(model: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert create("s3://adapters/coder/", model) == 1
+    answer = read(answers)
+    assert (answer["reason"], answer["retryable"]) == ("StorageUnavailable", True)
+    assert "http://127.0.0.1:9" in answer["message"]
+
+
+def test_an_answer_fits_into_the_termination_log(root: Path, model: Path, answers: Path) -> None:
+    """Kubernetes cuts at 4,096 bytes, which would leave no JSON; escapes make a byte of text up to twelve."""
+    assert create(f"file://{root}/" + "/".join(["\U0001f600" * 60] * 4), model, **{"target-modules": "q_proj"}) == 0
+    assert read(answers)["ok"]
+    command._answer(command.failure(command.Reason.INTERNAL_ERROR, "\U0001f600" * 5000, True))
+    assert read(answers)["message"].startswith("\U0001f600")
+
+
+def test_an_unforeseen_error_is_an_answer_and_a_traceback(
+    root: Path, model: Path, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("private details")
+
+    monkeypatch.setattr(command, "create_adapter", fails)
+    with pytest.raises(ZeroDivisionError):
+        create(f"file://{root}/coder", model)
+    answer = read(answers)
+    assert (answer["reason"], answer["retryable"]) == ("InternalError", True)
+    assert "private details" not in answer["message"]
+
+
+def test_show_verifies(home: str, model: Path, answers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create(f"{home}coder", model)
+    capsys.readouterr()
+    assert command.main(["show", f"{home}coder"]) == 0
+    assert f'"adapterUid": "{examples.UID}"' in capsys.readouterr().out
+    store = command.open_store(home)
+    store.put(f"{home}coder/{ADAPTER}", b"x", if_absent=False)
+    assert command.main(["show", f"{home}coder"]) == 1
+    assert ADAPTER in read(answers)["message"]
+
+
+def test_list_names_every_object(home: str, model: Path, answers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create(f"{home}coder", model)
+    capsys.readouterr()
+    assert command.main(["list", home]) == 0
+    out = capsys.readouterr().out
+    for name in ("adapter_config.json", "adapter_model.safetensors", "claas.json"):
+        assert f"{home}coder/{name}" in out
