@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import images
 import pytest
 
 pytest_plugins = ["cluster.fixtures", "objectstore", "vllmserver"]
@@ -20,3 +21,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, but --require-all was given: {report.longrepr}"
     return report
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Full images are built as often as what they are made of changes: gigabytes and minutes."""
+    if any(item.get_closest_marker("images") for item in items) and images.verified().exists():
+        chosen = [item for item in items if not item.get_closest_marker("images")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen

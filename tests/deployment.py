@@ -84,8 +84,11 @@ def reach() -> Cluster:
     return nodes.up()
 
 
-def install(cluster: Cluster, *, given: bool, overrides: dict[str, Any] | None = None) -> Deployment:
+def install(cluster: Cluster, *, given: bool, full: bool = False) -> Deployment:
     """Install or upgrade the release and return when everything that it runs is Ready.
+
+    Args:
+        full: on our own cluster, the images that users build, gigabytes of packages included, instead of slim ones.
 
     Raises:
         CommandFailed, ClusterError: what did not, with the last log lines.
@@ -96,15 +99,14 @@ def install(cluster: Cluster, *, given: bool, overrides: dict[str, Any] | None =
          "metadata": {"name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}},
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": USER}},
     )  # fmt: skip
-    values = _given_values() if given else _own_values(kubectl, cluster)
+    values = _given_values() if given else _own_values(kubectl, cluster, full)
     deployment = Deployment(kubectl, given, cluster.tools)
     folder = bootstrap.cache_dir() / "values"
     folder.mkdir(parents=True, exist_ok=True)
-    ours, extra = folder / f"{os.getpid()}-release.yaml", folder / f"{os.getpid()}-extra.yaml"
+    ours = folder / f"{os.getpid()}-release.yaml"
     ours.write_text(yaml.safe_dump(values))
-    extra.write_text(yaml.safe_dump(overrides or {}))
     chart = ROOT / "charts" / "claas"
-    files = [chart / "values-cpu.yaml", *([] if given else [chart / "values-slim.yaml"]), ours, extra]
+    files = [chart / "values-cpu.yaml", *([] if given or full else [chart / "values-slim.yaml"]), ours]
     try:
         say("helm install")
         kubectl.helm("upgrade", "--install", RELEASE, str(chart), "-n", NAMESPACE, *(f"--values={file}" for file in files))
@@ -116,7 +118,6 @@ def install(cluster: Cluster, *, given: bool, overrides: dict[str, Any] | None =
         raise CommandFailed(f"{error}\n{deployment.logs()}") from None
     finally:
         ours.unlink()
-        extra.unlink()
     return deployment
 
 
@@ -140,9 +141,13 @@ def _given_values() -> dict[str, Any]:
     }
 
 
-def _own_values(kubectl: Kubectl, cluster: Cluster) -> dict[str, Any]:
-    built = images.build(slim=True)
+def _own_values(kubectl: Kubectl, cluster: Cluster, full: bool) -> dict[str, Any]:
+    built = images.build(slim=not full)
     images.load(built)
+    store: dict[str, Any] = {"enabled": True, "image": built["worker"].tag, "persistence": {"existingClaim": "demo-s3"}}
+    if full:  # SeaweedFS is no dependency of ours: its program lies in the development environment
+        slim = yaml.safe_load((ROOT / "charts" / "claas" / "values-slim.yaml").read_text())["seaweedfs"]
+        store = {**slim, **store}
     folder = cluster.state / "volumes"
     for name in ("student", "teacher", "s3"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -176,7 +181,7 @@ def _own_values(kubectl: Kubectl, cluster: Cluster) -> dict[str, Any]:
             "extraVolumes": [{"name": "source", "persistentVolumeClaim": {"claimName": "demo-source", "readOnly": True}}],
             "extraVolumeMounts": [{"name": "source", "mountPath": "/source", "readOnly": True}],
         },
-        "seaweedfs": {"enabled": True, "image": built["worker"].tag, "persistence": {"existingClaim": "demo-s3"}},
+        "seaweedfs": store,
     }
 
 

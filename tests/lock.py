@@ -34,6 +34,7 @@ CPU_OVERRIDES = (
     'torchcodec; sys_platform == "never"',
 )
 LIMIT_SECONDS = 600
+UV_PIN = "uv==0.13.9"  # as in bootstrap.py
 UV = (sys.executable, "-m", "uv") if importlib.util.find_spec("uv") else ("uv",)
 
 
@@ -59,7 +60,7 @@ LOCKS = (
         constrained=False,
     ),
     Lock(
-        "crds/requirements-build.txt", project=False, more=("setuptools>=77",)
+        "crds/requirements-build.txt", project=False, more=("setuptools>=77", UV_PIN)
     ),  # what installs our code into every image
     Lock("operator/requirements.txt", ("operator",)),
     Lock("worker/requirements.txt", ("worker",)),

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,9 +27,10 @@ import yaml
 from claas_crds import names
 from claas_crds.generate import RESOURCES, definition
 from claas_operator.snapshot import format_time
+from claas_store.uris import next_version_uri
 from cluster.api import ApiError
 from cluster.controlplane import ControlPlane
-from cluster.process import kill, spawn, wait_for
+from cluster.process import kill, spawn, tails, wait_for
 from operatorkit import MODEL, NUMBERS, Raw, template
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,47 @@ TIMINGS = {
     "fenceGraceSeconds": 2,
     "reasonDelaySeconds": 1,
 }
+
+
+# What the operator may do; the chart grants the same. No wildcard, no secrets.
+EVERYWHERE: list[Raw] = [
+    {"apiGroups": [names.GROUP], "resources": ["distillrequests"], "verbs": ["get", "list", "watch", "delete"]},
+    {"apiGroups": [names.GROUP], "resources": ["loraadapters"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": [names.GROUP], "resources": ["distillrequests/status", "loraadapters/status"], "verbs": ["patch"]},
+    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "list", "watch"]},
+    {
+        "apiGroups": ["apiextensions.k8s.io"],
+        "resources": ["customresourcedefinitions"],
+        "verbs": ["get", "list", "watch"],
+    },
+    {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]},
+]
+AT_HOME: list[Raw] = [
+    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create"]},
+    {"apiGroups": [""], "resources": ["pods"], "verbs": ["delete"]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create", "patch"]},
+    {"apiGroups": ["apps"], "resources": ["deployments"], "verbs": ["get"]},
+]
+RBAC = "/apis/rbac.authorization.k8s.io/v1"
+OPERATOR = "claas-operator-under-test"
+
+
+def grant(control_plane: ControlPlane, namespace: str) -> None:
+    """The operator's rights, of which those that write Jobs, Pods and Leases end at `namespace`."""
+    api, group = control_plane.api, "rbac.authorization.k8s.io"
+    subject = [{"kind": "User", "name": OPERATOR, "apiGroup": group}]
+    for kind, base, rules in (
+        ("ClusterRole", RBAC, EVERYWHERE),
+        ("Role", f"{RBAC}/namespaces/{namespace}", AT_HOME),
+    ):
+        plural = f"{kind.lower()}s"
+        if api.get(f"{base}/{plural}/{OPERATOR}") is None:
+            api("POST", f"{base}/{plural}", {"metadata": {"name": OPERATOR}, "rules": rules})
+            binding = {"apiGroup": group, "kind": kind, "name": OPERATOR}
+            body = {"metadata": {"name": OPERATOR}, "roleRef": binding, "subjects": subject}
+            api("POST", f"{base}/{plural[:-1]}bindings", body)
 
 
 def apply_crds(control_plane: ControlPlane) -> None:
@@ -79,6 +121,7 @@ class Stage:
     def __enter__(self) -> Self:
         for namespace in (self.home, self.team):
             self.api("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
+        grant(self.control_plane, self.home)
         self._beater.start()
         return self
 
@@ -86,8 +129,16 @@ class Stage:
         kill(self.operators)
         self._stop.set()
         self._beater.join(timeout=10)
+        self.nothing_secret_was_written()
         for namespace in (self.home, self.team):
             self.api("DELETE", f"/api/v1/namespaces/{namespace}")
+
+    def nothing_secret_was_written(self) -> None:
+        """No text of a sample in a log or an Event, whatever the test did."""
+        for log in self.logs:
+            assert "SECRET" not in log.read_text(), f"{log} holds text of a sample"
+        for namespace in (self.home, self.team):
+            assert "SECRET" not in json.dumps(self.api.get(f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"))
 
     # The operator
 
@@ -119,7 +170,7 @@ class Stage:
         log = self.folder / f"operator-{len(self.operators)}.log"
         config = config or self.settings()
         environment = {
-            "KUBECONFIG": str(self.control_plane.kubeconfig),
+            "KUBECONFIG": str(self.control_plane.kubeconfig_of(OPERATOR)),
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
         command = [sys.executable, "-m", "claas_operator", "--config", str(config), *arguments]
@@ -137,9 +188,18 @@ class Stage:
         """Returns when that operator has taken over."""
         self.wait("the operator to lead", lambda: any(line["message"] == "synced" for line in self.lines(index)))
 
-    def wait(self, what: str, happened: Callable[[], Any], seconds: float = WAIT_SECONDS) -> None:
-        """Returns as soon as something holds; the error shows the operators' last lines."""
-        wait_for(what, lambda: bool(happened()), seconds, logs=self.logs)
+    def wait_to_stand_by(self, index: int = -1) -> None:
+        """Returns when that operator has looked at the leader's Lease."""
+        self.wait("the operator to start", lambda: any(line["message"] == "leadership" for line in self.lines(index)))
+
+    def wait(
+        self, what: str, happened: Callable[[], Any], seconds: float = WAIT_SECONDS, *, every: float = 0.05
+    ) -> None:
+        """Returns as soon as something holds, looking `every` so many seconds; the error shows the operators' logs."""
+        end = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}, in vain{tails(self.logs)}"
+            time.sleep(every)
 
     # Users
 
@@ -215,6 +275,13 @@ class Stage:
     def pod_status(self, name: str, status: Raw) -> None:
         self.api("PATCH", f"/api/v1/namespaces/{self.home}/pods/{name}/status", {"status": status})
 
+    def end_pod(self, name: str, container: str, message: str, phase: str = "Succeeded") -> None:
+        """The Pod's one container has ended, with a termination message."""
+        now = format_time(datetime.now(UTC))[:19] + "Z"
+        terminated = {"exitCode": 0, "message": message, "startedAt": now, "finishedAt": now}
+        state = {"name": container, "ready": False, "restartCount": 0, "image": "x", "imageID": "x"}
+        self.pod_status(name, {"phase": phase, "containerStatuses": [state | {"state": {"terminated": terminated}}]})
+
     def lease(self, pod: str, state: str, running: str = "") -> None:
         """The worker's Lease says so now, and is renewed from now on."""
         with self._lock:
@@ -281,7 +348,8 @@ class Stage:
         """Report, then leave. The uri of the new version."""
         raw = self.api("GET", self.request_path(name))
         status = raw["status"]
-        uri = f"{status['parent']['uri'].rstrip('/')}-{raw['metadata']['uid'][:8]}-a{status['attempt']}/"
+        meta = raw["metadata"]
+        uri = next_version_uri(status["parent"]["uri"], meta["creationTimestamp"], meta["uid"], status["attempt"])
         body: Raw = {
             "attempt": status["attempt"],
             "outcome": outcome,
@@ -306,10 +374,19 @@ class Stage:
         self.wait(f"{name} to complete", lambda: self.see(name).get("state") == "Complete")
         return self.see(name)
 
-    def sigkill(self) -> None:
-        """The last operator dies at once."""
-        self.operators[-1].send_signal(signal.SIGKILL)
-        self.operators[-1].wait(timeout=10)
+    def sigkill(self, index: int = -1) -> None:
+        """That operator dies at once."""
+        self.operators[index].send_signal(signal.SIGKILL)
+        self.operators[index].wait(timeout=10)
+
+    def writes(self) -> int:
+        """Writes to requests, adapters and Events so far, as the API server itself counts them."""
+        total = 0
+        for line in self.api("GET", "/metrics").splitlines():
+            is_write = line.startswith("apiserver_request_total{") and re.search(r'verb="(POST|PUT|PATCH|DELETE)"', line)
+            if is_write and re.search(rf'resource="({names.REQUEST_PLURAL}|{names.ADAPTER_PLURAL}|events)"', line):
+                total += int(float(line.rpartition(" ")[2]))
+        return total
 
 
 class TeacherServer:
@@ -342,11 +419,3 @@ class TeacherServer:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-
-def until(seconds: float) -> Iterator[None]:
-    """A loop that ends after so long."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        yield
-        time.sleep(0.02)

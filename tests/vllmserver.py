@@ -84,8 +84,8 @@ def vllm_server(
         )
     server = TeacherServer(f"http://127.0.0.1:{port}", str(model), process, log)
     # vLLM's engine outlives a server that is killed. The pipe closes when we end: then the whole group is killed.
-    guard = ["sh", "-c", 'cat >/dev/null; kill -KILL -- "-$0"', str(process.pid)]
-    with subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as watcher:
+    guard = ["sh", "-c", 'cat >/dev/null; kill -s KILL -- "-$0"', str(process.pid), f"guards the server of {log}"]
+    with subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True) as watcher:
         try:
             _wait_until_ready(server, limit)
             yield server

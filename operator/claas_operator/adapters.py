@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from claas_crds import names
 from claas_crds.reasons import ConditionType, Reason, describe
-from claas_store.uris import within
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from claas_operator import status
 from claas_operator.actions import Action, Describe, Fold, Free, Note, StartJob
 from claas_operator.jobs import build_create_job, create_stem
 from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Adapter, Job, Pod, Snapshot
 from claas_operator.workers import Wake, backoff
+from claas_store.uris import version_name, within
 
 
 class Answer(BaseModel):
@@ -38,6 +39,21 @@ def parse_answer(text: str) -> Answer | None:
         return None
 
 
+# What a status takes as the name of a version.
+MAX_VERSION_NAME: Final = 253
+
+
+def permitted(uri: str, settings: Settings, namespace: str) -> bool:
+    """Whether a version of `namespace` may lie at `uri`."""
+    return within(uri, settings.prefixes(namespace)) and len(version_name(uri)) <= MAX_VERSION_NAME
+
+
+def not_permitted(field: str, settings: Settings, namespace: str) -> str:
+    """What to do about a uri in `field` that is not permitted."""
+    allowed = ", ".join(settings.prefixes(namespace)) or "none"
+    return f"{field} must lie below a storage prefix of namespace {namespace}: {allowed}"
+
+
 def refuses(adapter: Adapter, settings: Settings) -> tuple[Reason, str] | None:
     """Why the adapter, as it is written, can never have a version here; None when it can."""
     if adapter.spec is None:
@@ -51,13 +67,8 @@ def refuses(adapter: Adapter, settings: Settings) -> tuple[Reason, str] | None:
             Reason.BASE_MODEL_MISMATCH,
             f"spec.baseModel is {adapter.spec.base_model}, but the workers of pool {pool.name} hold {pool.base_model}",
         )
-    prefixes = settings.prefixes(adapter.namespace)
-    if not within(adapter.spec.storage.uri, prefixes):
-        allowed = ", ".join(prefixes) or "none"
-        return (
-            Reason.STORAGE_DENIED,
-            f"spec.storage.uri must lie below a storage prefix of namespace {adapter.namespace}: {allowed}",
-        )
+    if not permitted(adapter.spec.storage.uri, settings, adapter.namespace):
+        return Reason.STORAGE_DENIED, not_permitted("spec.storage.uri", settings, adapter.namespace)
     if adapter.spec.init_from is not None:
         return Reason.CREATE_FAILED, "spec.initFrom is not supported by this release: leave it out for a fresh adapter"
     return None
@@ -154,7 +165,7 @@ def _describe(adapter: Adapter, reason: Reason, message: str, now: datetime) -> 
 def _fold(adapter: Adapter, settings: Settings, answer: Answer, now: datetime) -> Action:
     """The answer becomes the head; a version anywhere else than asked for is nobody's."""
     asked = adapter.spec.storage.uri.rstrip("/") if adapter.spec else ""
-    if answer.uri.rstrip("/") != asked or not answer.version:
+    if answer.uri.rstrip("/") != asked or answer.version != version_name(asked):
         message = "the create Job answered with another uri than spec.storage.uri; nothing was taken over"
         return Describe(
             adapter=adapter,

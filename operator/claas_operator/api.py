@@ -12,10 +12,10 @@ from http import HTTPStatus
 from typing import Any, Final
 
 import aiohttp
-from claas_crds import names
 from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
+from claas_crds import names
 from claas_operator.snapshot import Kind
 
 CALL_SECONDS: Final = 10.0

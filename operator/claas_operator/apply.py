@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Final, assert_never
 
-from claas_crds import names
-from claas_crds.reasons import Outcome
 from kubernetes.aio.client.exceptions import ApiException
 
+from claas_crds import names
+from claas_crds.reasons import Outcome
 from claas_operator.actions import (
     Action,
     Commit,

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
+
 from claas_crds import names
 from claas_crds.adapter import LoraAdapterSpec
 from claas_crds.model import Model, explain
 from claas_crds.request import DistillRequestSpec
-from pydantic import ValidationError
 
 SPECS: dict[str, type[Model]] = {names.ADAPTER_KIND: LoraAdapterSpec, names.REQUEST_KIND: DistillRequestSpec}
 

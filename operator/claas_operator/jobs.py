@@ -6,7 +6,6 @@ import copy
 from typing import Any, Final
 
 from claas_crds import names
-
 from claas_operator.settings import OPERATION_CONTAINER, WORKER_CONTAINER, Pool, Settings
 from claas_operator.snapshot import Adapter
 
@@ -47,7 +46,7 @@ def build_worker_job(
         {"name": names.ENV_INSTANCE, "value": settings.instance},
         {"name": names.ENV_POOL, "value": pool.name},
         {"name": names.ENV_BASE_MODEL, "value": pool.base_model},
-        {"name": names.ENV_LINGER_SECONDS, "value": f"{NEVER_SECONDS if stays else pool.linger_seconds:g}"},
+        {"name": names.ENV_LINGER_SECONDS, "value": _number(NEVER_SECONDS if stays else pool.linger_seconds)},
         {"name": names.ENV_MAX_REQUESTS, "value": str(pool.max_requests)},
         {"name": names.ENV_WATCH_NAMESPACE, "value": watched},
         _from_field(names.ENV_POD_NAME, "metadata.name"),
@@ -81,7 +80,7 @@ def build_create_job(
         *("--base-model", adapter.spec.base_model),
         *("--model-dir", settings.operations.model_dir),
         *("--r", str(lora.r)),
-        *("--alpha", f"{lora.alpha:g}"),
+        *("--alpha", _number(lora.alpha)),
         *("--target-modules", ",".join(lora.target_modules)),
         *("--adapter-uid", adapter.uid),
     ]
@@ -121,6 +120,11 @@ def build_operation_job(
         "template": template,
     }
     return _job(settings, name, namespace, labels, spec, owner_uid)
+
+
+def _number(value: float) -> str:
+    """Without an exponent or a needless fraction, and without loss."""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def _from_field(name: str, path: str) -> Manifest:

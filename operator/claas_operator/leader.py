@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
-from claas_crds import names
 from kubernetes.aio.client.exceptions import ApiException
 
+from claas_crds import names
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.settings import Settings
 from claas_operator.snapshot import Kind, format_time

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from claas_crds import names
 from kubernetes.aio.client.exceptions import ApiException
 
+from claas_crds import names
 from claas_operator.actions import Action, Bind, Commit, End, Fence, Lock
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.apply import Apply, Lost
@@ -34,6 +34,8 @@ MAX_IN_FLIGHT: Final = 64
 # A write that failed is tried again after this, doubled each time.
 COOL_BASE_SECONDS: Final = 0.2
 COOL_CAP_SECONDS: Final = 30.0
+# A failure so long ago does not slow the next try down.
+FORGET_SECONDS: Final = 60.0
 # Planning again and again takes at most about this share of the time; under load, events are taken several at once.
 PLAN_SHARE: Final = 0.5
 # At the start, the objects that we know to exist are given this long to arrive by the watch before they are fetched.
@@ -56,6 +58,7 @@ class Loop:
         self._relist_now = asyncio.Event()
         self._synced = False  # whether the snapshot is known to be whole, since we lead
         self._cooling: dict[str, _Cooling] = {}
+        self._skipped: dict[str, int] = {}  # uid and resourceVersion that were complained about
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._beat = 0.0
         self.leader = Leader(api, settings, self._leadership_changed)
@@ -130,6 +133,10 @@ class Loop:
                 self._look.set()
             else:
                 self._look.clear()
+            for entry, error in made.skipped:
+                if self._skipped.get(entry.uid) != entry.version:
+                    self._skipped[entry.uid] = entry.version
+                    log.error("nothing decided", extra={"object": str(entry), "error": type(error).__name__})
             for action in made.actions:
                 if len(self._tasks) >= MAX_IN_FLIGHT:
                     break  # the first of them to end wakes us
@@ -215,6 +222,9 @@ class Loop:
                 self.snapshot.remove(kind, uid, datetime.now(UTC))
         await self._arrive(missing)
         self.snapshot.sweep(datetime.now(UTC))
+        now, known = asyncio.get_running_loop().time(), self.snapshot
+        self._cooling = {key: c for key, c in self._cooling.items() if now < c.until + FORGET_SECONDS}
+        self._skipped = {u: v for u, v in self._skipped.items() if u in known.requests or u in known.adapters}
         if leading and self.leader.leading() and not self._synced:
             self._synced = True
             log.info("synced", extra={kind.value: len(self.snapshot.table(kind)) for kind in Kind})

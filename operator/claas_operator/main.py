@@ -13,10 +13,10 @@ import sys
 from typing import Any, Final
 
 import kopf
-from claas_crds import names
 from kopf import DiffBaseStorage, ProgressStorage
 from pythonjsonlogger.json import JsonFormatter
 
+from claas_crds import names
 from claas_operator.api import Api, connect
 from claas_operator.loop import Loop, selectors
 from claas_operator.settings import Settings

@@ -9,16 +9,16 @@ Reads top to bottom: one request, then who gets a worker, then adapters and Pods
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
 from claas_crds.reasons import ConditionType, Outcome, Reason, describe
 from claas_crds.request import Parent, Result
-from claas_store.uris import version_name, within
-
 from claas_operator import status
 from claas_operator.actions import (
     Action,
@@ -32,10 +32,11 @@ from claas_operator.actions import (
     Retry,
     Say,
 )
-from claas_operator.adapters import create_jobs, plan_adapter, pods_by_job, pool_of, refuses
+from claas_operator.adapters import create_jobs, not_permitted, permitted, plan_adapter, pods_by_job, pool_of, refuses
 from claas_operator.settings import Pool, Settings
-from claas_operator.snapshot import Adapter, Request, Snapshot, parse_time, succeeded
+from claas_operator.snapshot import Adapter, Entry, Request, Snapshot, succeeded
 from claas_operator.workers import Fleet, Scope, backoff, fences, lost, pod_of, start_workers, survey
+from claas_store.uris import version_name
 
 # A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.
 FRESH_PROBES: Final = 5
@@ -50,6 +51,7 @@ class Plan:
     actions: list[Action]
     wake_at: datetime | None
     teacher_wanted: bool  # something waits for the teacher, or uses it
+    skipped: list[tuple[Entry, Exception]]  # objects that nothing could be decided about: bugs, or corrupt objects
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class _Planner:
     refusals: dict[str, tuple[Reason, str] | None] = field(default_factory=dict)
     wake_at: datetime | None = None
     teacher_wanted: bool = False
+    skipped: list[tuple[Entry, Exception]] = field(default_factory=list)
 
     def run(self) -> Plan:
         for (namespace, name), queue in self.snapshot.queues.items():
@@ -98,7 +101,8 @@ class _Planner:
                     continue
                 if request.says_busy and locked and locked != request.uid and request is not queue[0]:
                     continue  # the long tail of a busy adapter's queue: nothing has changed for it
-                self._request(request, adapter, not name or request is queue[0])
+                with self._apart(request):
+                    self._request(request, adapter, not name or request is queue[0])
         for request in self.snapshot.expiring.values():
             self._expire(request)
         fleet = survey(self.snapshot, self.settings, self.now, self.wake)
@@ -114,7 +118,15 @@ class _Planner:
             self.first += plan_adapter(adapter, self.snapshot, self.settings, its_jobs, its_pods, self.now, self.wake)
         self.first += fences(self.snapshot, self.settings, self.now, self.wake)
         actions = [a for a in (*self.first, *self.then, *self.last) if a.key not in self.snapshot.in_flight]
-        return Plan(actions, self.wake_at, self.teacher_wanted)
+        return Plan(actions, self.wake_at, self.teacher_wanted, self.skipped)
+
+    @contextlib.contextmanager
+    def _apart(self, entry: Entry) -> Iterator[None]:
+        """One object about which nothing can be decided never stops the others."""
+        try:
+            yield
+        except (ValueError, OverflowError) as error:  # pydantic's ValidationError is a ValueError
+            self.skipped.append((entry, error))
 
     def wake(self, at: datetime) -> None:
         """Think again at `at`, or before."""
@@ -155,8 +167,7 @@ class _Planner:
         elif request.first_claim and self._due(request.first_claim + request.deadline):
             self._end(request, Reason.DEADLINE_EXCEEDED, f"{request.deadline.total_seconds():.0f} s have passed")
         elif result is not None:
-            at = parse_time(result.at) or self.now
-            self._retry(request, adapter, is_first, result.reason, result.message, at)
+            self._retry(request, adapter, is_first, result.reason, result.message, request.result_at)
         elif request.claimed:
             self._claimed(request, adapter, is_first)
         elif request.worker:
@@ -168,7 +179,7 @@ class _Planner:
         """Whether a successful result names a version that its namespace may have."""
         if result.outcome is Outcome.NO_SIGNAL:
             return request.status.parent is not None
-        return within(result.lora_uri, self.settings.prefixes(request.namespace))
+        return permitted(result.lora_uri, self.settings, request.namespace)
 
     def _complete_committed(self, request: Request, adapter: Adapter) -> None:
         entry = next(e for e in reversed(adapter.status.history) if e.request_uid == request.uid)
@@ -195,8 +206,8 @@ class _Planner:
             )
             self.first.append(Commit(adapter=adapter, request=request, heir=heir, status=moved))
         elif adapter.status.head_seq != parent.head_seq:
-            at = parse_time(result.at) or self.now
-            self._retry(request, adapter, is_first, Reason.PENDING, "the head had moved; the result was not used", at)
+            message = "the head had moved; the result was not used"
+            self._retry(request, adapter, is_first, Reason.PENDING, message, request.result_at)
         elif not adapter.active and not adapter.blocked and is_first:
             self._lock(request, adapter, worker="")  # its lock was taken away; the commit needs it
 
@@ -232,8 +243,7 @@ class _Planner:
             self._retry(request, adapter, is_first, Reason.WORKER_LOST, f"worker {request.worker} is gone", None)
             return
         assigned = request.condition(ConditionType.ASSIGNED)
-        claim = request.status.claim
-        at = parse_time(claim.at) if claim else None
+        at = request.claimed_at
         if at and (assigned is None or assigned.reason != Reason.CLAIMED) and self._due(at + self._delay):
             self.last.append(Say(request=request, status=status.running(request, self.now)))
 
@@ -242,12 +252,10 @@ class _Planner:
         if self._uses_teacher(request):
             self.teacher_wanted = True
         pod = pod_of(request, self.snapshot, self.settings)
-        assigned = parse_time(request.status.assigned_at) or request.created
-        grace = timedelta(seconds=self.settings.timings.claim_grace_seconds)
-        if lost(pod) or (pod and pod.deleting) or self._due(assigned + grace):
-            self._want(
-                request, adapter, is_first, attempt=request.status.attempt, but=request.worker, since=assigned + grace
-            )
+        moves_at = request.assigned_at + timedelta(seconds=self.settings.timings.claim_grace_seconds)
+        if lost(pod) or (pod and pod.deleting) or self._due(moves_at):
+            attempt = request.status.attempt
+            self._want(request, adapter, is_first, attempt=attempt, but=request.worker, since=moves_at)
 
     def _retry(
         self, request: Request, adapter: Adapter | None, is_first: bool, reason: str, message: str, at: datetime | None
@@ -312,9 +320,8 @@ class _Planner:
             if adapter.active != request.uid and (adapter.active or not is_first):
                 self._say(request, Reason.ADAPTER_BUSY, describe(Reason.ADAPTER_BUSY))
                 return
-            if adapter.status.active and adapter.active == request.uid:
-                locked = parse_time(adapter.status.active.since)
-                since = max(locked, since) if locked and since else since or locked
+            if adapter.active == request.uid and adapter.active_since:
+                since = max(adapter.active_since, since) if since else adapter.active_since
         if not self._teacher_is_ready(request, since):
             return
         assert pool is not None  # an unknown pool was refused above
@@ -338,11 +345,8 @@ class _Planner:
         if model != pool.base_model:
             message = f"spec.baseModel is {model}, but the workers of pool {pool.name} hold {pool.base_model}"
             return Reason.BASE_MODEL_MISMATCH, message
-        prefixes = self.settings.prefixes(request.namespace)
-        if not within(request.lora_uri, prefixes):
-            allowed = ", ".join(prefixes) or "none"
-            message = f"spec.loraUri must lie below a storage prefix of namespace {request.namespace}: {allowed}"
-            return Reason.STORAGE_DENIED, message
+        if not permitted(request.lora_uri, self.settings, request.namespace):
+            return Reason.STORAGE_DENIED, not_permitted("spec.loraUri", self.settings, request.namespace)
         return None
 
     def _unready(self, adapter: Adapter) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from claas_store.errors import UriInvalid
-from claas_store.uris import parse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
+
+from claas_store.errors import UriInvalid
+from claas_store.uris import parse
 
 # A Job's name becomes a label of its Pods (63 characters at most), and the Pod's name adds a dash and 5 characters.
 MAX_JOB_NAME = 57

@@ -15,12 +15,13 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
+from pydantic import ValidationError
+
 from claas_crds import names
 from claas_crds.adapter import LoraAdapterSpec, LoraAdapterStatus
 from claas_crds.model import Condition, explain, refusal
 from claas_crds.reasons import ConditionType, Outcome, Reason
 from claas_crds.request import DistillRequestSpec, DistillRequestStatus, Result
-from pydantic import ValidationError
 
 Raw = Mapping[str, Any]
 
@@ -47,13 +48,15 @@ def parse_time(text: object) -> datetime | None:
     """An RFC 3339 time, in UTC; None for an absent one.
 
     Raises:
-        ValueError: it is no time.
+        ValueError: it is no time, or so far away that adding a duration to it would overflow.
     """
     if text is None or text == "":
         return None
     if not isinstance(text, str):
         raise ValueError("a time must be a string")
     when = datetime.fromisoformat(text)
+    if not 1970 <= when.year < 9000:
+        raise ValueError("a time must be one that a clock could show")
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
@@ -95,6 +98,11 @@ class Request(Entry):
     problem: tuple[Reason, str] | None  # why the stored spec cannot be used
     worker: str
     ended: Condition | None
+    ended_at: datetime | None
+    assigned_at: datetime  # of the current attempt; the creation, before any
+    claimed_at: datetime | None  # of the current attempt
+    first_claim: datetime | None  # `activeDeadlineSeconds` counts from here, over all attempts
+    result_at: datetime | None
     says_busy: bool  # its status says that it waits for its adapter, and nothing else is to be done about it
     status: DistillRequestStatus
 
@@ -102,11 +110,6 @@ class Request(Entry):
     def bare(self) -> bool:
         """Whether it has no adapter, hence no lock and no commit."""
         return not self.adapter_name
-
-    @property
-    def ended_at(self) -> datetime | None:
-        """When it ended."""
-        return parse_time(self.ended.last_transition_time) if self.ended else None
 
     @property
     def complete(self) -> bool:
@@ -126,12 +129,6 @@ class Request(Entry):
         return claim is not None and claim.worker == self.worker and claim.attempt == self.status.attempt
 
     @property
-    def first_claim(self) -> datetime | None:
-        """`activeDeadlineSeconds` counts from here, over all attempts."""
-        claim = self.status.claim
-        return parse_time(self.status.first_claim_at or (claim.at if claim else ""))
-
-    @property
     def order(self) -> tuple[datetime, str, str]:
         """FIFO: creation time, then name."""
         return (self.created, self.name, self.uid)
@@ -148,6 +145,7 @@ class Adapter(Entry):
     spec: LoraAdapterSpec | None  # None: see `problem`
     problem: str
     status: LoraAdapterStatus
+    active_since: datetime | None
     committed: frozenset[str]  # uids of requests in its history
 
     @property
@@ -403,7 +401,7 @@ def parse(kind: Kind, raw: Raw, now: datetime, known: AnyEntry | None = None) ->
         "generation": int(metadata.get("generation") or 0),
     }
     if kind is Kind.REQUEST:
-        return _request(raw, common, known if isinstance(known, Request) else None)
+        return _request(raw, common, now, known if isinstance(known, Request) else None)
     if kind is Kind.ADAPTER:
         return _adapter(raw, common)
     labels = metadata.get("labels") or {}
@@ -419,7 +417,20 @@ def parse(kind: Kind, raw: Raw, now: datetime, known: AnyEntry | None = None) ->
 _FORGOTTEN = DistillRequestStatus()
 
 
-def _request(raw: Raw, common: dict[str, Any], known: Request | None) -> Request:
+# A worker's clock may differ from ours by so much; a time beyond that is wrong, or a lie.
+CLOCK_SKEW = timedelta(minutes=1)
+
+
+def _workers_time(text: str, bound: datetime, now: datetime) -> datetime:
+    """A time that a worker wrote after it was bound and before we saw it; else when it was bound."""
+    try:
+        when = parse_time(text)
+    except ValueError:
+        return bound
+    return when if when is not None and bound - CLOCK_SKEW <= when <= now + CLOCK_SKEW else bound
+
+
+def _request(raw: Raw, common: dict[str, Any], now: datetime, known: Request | None) -> Request:
     status = DistillRequestStatus.model_validate(raw.get("status") or {})
     ended = next(
         (
@@ -429,6 +440,8 @@ def _request(raw: Raw, common: dict[str, Any], known: Request | None) -> Request
         ),
         None,
     )
+    assigned_at = parse_time(status.assigned_at) or common["created"]
+    claimed_at = _workers_time(status.claim.at, assigned_at, now) if status.claim else None
     same = known is not None and known.generation == common["generation"]
     from_spec = {name: getattr(known, name) for name in _SPEC_FIELDS} if same else _request_spec(raw.get("spec"))
     return Request(
@@ -436,6 +449,11 @@ def _request(raw: Raw, common: dict[str, Any], known: Request | None) -> Request
         **from_spec,
         worker=status.worker,
         ended=ended,
+        ended_at=parse_time(ended.last_transition_time) if ended else None,
+        assigned_at=assigned_at,
+        claimed_at=claimed_at,
+        first_claim=parse_time(status.first_claim_at) or claimed_at,
+        result_at=_workers_time(status.result.at, assigned_at, now) if status.result else None,
         says_busy=status.reason == Reason.ADAPTER_BUSY
         and status.observed_generation == common["generation"]
         and not (status.worker or from_spec["cancel"] or from_spec["problem"]),
@@ -491,8 +509,9 @@ def _adapter(raw: Raw, common: dict[str, Any]) -> Adapter:
         spec = LoraAdapterSpec.model_validate(raw.get("spec"))
     except ValidationError as error:
         problem = explain(error)
+    since = parse_time(status.active.since) if status.active else None
     committed = frozenset(entry.request_uid for entry in status.history if entry.request_uid)
-    return Adapter(**common, spec=spec, problem=problem, status=status, committed=committed)
+    return Adapter(**common, spec=spec, problem=problem, status=status, active_since=since, committed=committed)
 
 
 def _pod(raw: Raw, common: dict[str, Any], component: str, pool: str, job: str) -> Pod:

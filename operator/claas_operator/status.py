@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from claas_crds.adapter import ActiveRequest, HistoryEntry
-from claas_crds.model import Condition
-from claas_crds.reasons import ConditionType, Outcome, Reason, describe
-from claas_crds.request import Parent, Timings
 from pydantic import BaseModel
 
-from claas_operator.snapshot import Adapter, Request, format_time, parse_time
+from claas_crds.adapter import ActiveRequest, HistoryEntry
+from claas_crds.model import MAX_MESSAGE, Condition
+from claas_crds.reasons import ConditionType, Outcome, Reason, describe
+from claas_crds.request import Parent, Timings
+from claas_operator.snapshot import Adapter, Request, format_time
 
 Patch = dict[str, Any]
 # (type, status, reason, message)
@@ -37,7 +37,7 @@ def conditions(old: Sequence[Condition], generation: int, now: datetime, changes
             type=kind,
             status=status,
             reason=reason,
-            message=message,
+            message=clip(message),
             last_transition_time=since,
             observed_generation=generation,
         )
@@ -68,12 +68,17 @@ def pending(request: Request, reason: Reason, message: str, now: datetime) -> Pa
     return _request(request, now, "Pending", reason, [(ConditionType.ASSIGNED, False, reason, message)])
 
 
+def clip(message: str) -> str:
+    """A message as a status holds it: what is too long is cut."""
+    return message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 1] + "…"
+
+
 def says(request: Request, reason: Reason, message: str) -> bool:
     """Whether its status says already that it waits for this reason."""
     assigned = request.condition(ConditionType.ASSIGNED)
     return (
         assigned is not None
-        and (assigned.status, assigned.reason, assigned.message) == ("False", reason, message)
+        and (assigned.status, assigned.reason, assigned.message) == ("False", reason, clip(message))
         and request.status.observed_generation == request.generation
     )
 
@@ -123,15 +128,13 @@ def completed(request: Request, uri: str, version: str, reason: Reason, now: dat
 
 
 def _timings(request: Request, worker: Timings) -> Timings:
-    assigned = parse_time(request.status.assigned_at)
-    claimed = parse_time(request.status.claim.at) if request.status.claim else None
-    queue = _ms(request.created, assigned)
-    return worker.model_copy(update={"queue_ms": queue, "claim_ms": _ms(assigned, claimed)})
+    queue, claim = _ms(request.created, request.assigned_at), _ms(request.assigned_at, request.claimed_at)
+    return worker.model_copy(update={"queue_ms": queue, "claim_ms": claim})
 
 
-def _ms(start: datetime | None, end: datetime | None) -> int | None:
+def _ms(start: datetime, end: datetime | None) -> int | None:
     # Two machines' clocks, and a creation time without fractions: a little below zero is zero.
-    return None if start is None or end is None else max(0, round((end - start).total_seconds() * 1000))
+    return None if end is None else max(0, round((end - start).total_seconds() * 1000))
 
 
 def ended(request: Request, reason: str, message: str, now: datetime) -> Patch:
@@ -229,6 +232,6 @@ def unready_as(adapter: Adapter, reason: Reason, message: str) -> bool:
     ready = adapter.condition(ConditionType.READY)
     return (
         ready is not None
-        and (ready.status, ready.reason, ready.message) == ("False", reason, message)
+        and (ready.status, ready.reason, ready.message) == ("False", reason, clip(message))
         and adapter.status.observed_generation == adapter.generation
     )

@@ -13,7 +13,6 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from claas_crds import names
-
 from claas_operator.actions import Bind, Fault, Fence, Lock, Note, StartJob
 from claas_operator.jobs import build_worker_job, worker_stem
 from claas_operator.settings import Settings

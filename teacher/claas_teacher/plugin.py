@@ -75,6 +75,7 @@ class Teacher:
         )
         ids = [token % self._vocab_size for token in range(self._warm_up_tokens)]
         (prompt,) = await self._engine.renderer.render_cmpl_async([{"prompt_token_ids": ids}])
+        scored = 0
         async for output in self._engine.generate(prompt, parameters, f"claas-warm-up-{uuid.uuid4()}"):
             scored = len(output.prompt_logprobs or ())
         if scored != self._warm_up_tokens:

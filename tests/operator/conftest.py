@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,3 +24,11 @@ def stage(claas_api: ControlPlane, tmp_path: Path, request: pytest.FixtureReques
     """A release of its own: namespaces, settings and processes that end with the test."""
     with Stage(claas_api, tmp_path, request.node.name) as made:
         yield made
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port of the loopback that was free just now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port

@@ -220,7 +220,8 @@ class ControlPlaneModel(RuleBasedStateMachine):
         except (StopIteration, Lost):
             pass
         except ApiException as error:
-            assert error.status in (404, 409), f"{action} was refused: {error.status} {error.reason}"
+            if error.status not in (404, 409):
+                raise AssertionError(f"{action} was refused: {error.status} {error.reason}") from error
         else:
             return True
         del leader.doing[key]

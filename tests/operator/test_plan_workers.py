@@ -1,4 +1,4 @@
-"""Decisions about workers and adapters: how many to start, whom to fence, whom to free, and an adapter's first version."""
+"""Decisions about workers and adapters: how many to start, whom to fence, what to free, and a first version."""
 
 from __future__ import annotations
 
@@ -125,17 +125,16 @@ def test_a_pod_that_cannot_start_shows_in_the_waiting_request() -> None:
     assert "Unschedulable: no GPU" in say.status["conditions"][-1]["message"]
 
 
+def environment(start: StartJob) -> dict[str, str | None]:
+    container = start.manifest["spec"]["template"]["spec"]["containers"][0]
+    return {variable["name"]: variable.get("value") for variable in container["env"]}
+
+
 def test_min_workers_are_kept_and_never_leave_for_want_of_work() -> None:
     (start,) = started(pool={"minWorkers": 1})
-    environment = {
-        v["name"]: v.get("value") for v in start.manifest["spec"]["template"]["spec"]["containers"][0]["env"]
-    }
-    assert environment["CLAAS_LINGER_SECONDS"] == "31536000"
-    second = started(request("r", ""), request("s", ""), job("claas-l40s-1"), pool={"minWorkers": 1})
-    environment = {
-        v["name"]: v.get("value") for v in second[0].manifest["spec"]["template"]["spec"]["containers"][0]["env"]
-    }
-    assert environment["CLAAS_LINGER_SECONDS"] == "300"
+    assert environment(start)["CLAAS_LINGER_SECONDS"] == "31536000"
+    (second,) = started(request("r", ""), request("s", ""), job("claas-l40s-1"), pool={"minWorkers": 1})
+    assert environment(second)["CLAAS_LINGER_SECONDS"] == "300"
 
 
 def test_a_namespace_pool_starts_its_workers_beside_the_requests() -> None:

@@ -39,7 +39,7 @@ def test_it_dies_with_a_test_run_that_is_killed(tmp_path: Path) -> None:
     )
     run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
     try:
-        wait_for(lambda: len(processes_that_mention(tmp_path)) == 2)  # the run and its server
+        wait_for(lambda: len(processes_that_mention(tmp_path)) == 3)  # the run, its server and the guard
     finally:
         os.kill(run.pid, signal.SIGKILL)
         run.wait(10)

@@ -1,0 +1,28 @@
+"""The images that users build: everything inside, nothing mounted. Last, and as often as their dependencies change."""
+
+from __future__ import annotations
+
+import deployment
+import images
+import pytest
+from cluster.nodes import Cluster
+from deployment import NAMESPACE, Deployment
+from kubectl import condition
+
+from e2e import story
+
+pytestmark = [pytest.mark.images, pytest.mark.e2e, pytest.mark.timeout(3600)]
+
+
+def test_user_runs_a_request_on_the_full_images(installed: Deployment, cluster: Cluster) -> None:
+    deployment.uninstall(installed)
+    where = deployment.install(cluster, given=installed.given, full=True)
+    name = story.unique("full")
+    story.create_adapter(where, name)
+    story.request(where, f"{name}-1", adapterRef={"name": name}, samples=[story.sample("Paris, in full.")])
+    done = story.complete(where, f"{name}-1", seconds=600)
+    assert condition(done, "Complete")["reason"] == "Succeeded"
+    for pod in where.kubectl.get("pod", "-n", NAMESPACE):
+        claims = [volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["spec"]["volumes"]]
+        assert "claas-deps" not in claims or "seaweedfs" in pod["metadata"]["name"]
+    images.verified().touch()
