@@ -77,7 +77,9 @@ def dependencies() -> Path:
         run(python, "-m", "uv", "pip", "install", "-q", "--python", python, "--require-hashes", "--no-deps", "-r", LOCK)
         say(f"Python packages: compiling after {time.monotonic() - started:.0f} s")
         # Pods mount this folder read-only: without byte code each of them would compile torch anew.
-        subprocess.run([python, "-m", "compileall", "-q", "-j", "0", target / "lib"], stdout=subprocess.DEVNULL, check=False)
+        subprocess.run(
+            [python, "-m", "compileall", "-q", "-j", "0", target / "lib"], stdout=subprocess.DEVNULL, check=False
+        )
         (target / ".complete").touch()
         say(f"Python packages: done after {time.monotonic() - started:.0f} s")
     return target
@@ -99,7 +101,9 @@ def checkout_environment() -> Path:
             return python
         shutil.rmtree(VENV, ignore_errors=True)
         run(sys.executable, "-m", "venv", "--without-pip", VENV)
-        (site_packages(VENV) / "claas-dependencies.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n")
+        (site_packages(VENV) / "claas-dependencies.pth").write_text(
+            f"import site; site.addsitedir({str(packages)!r})\n"
+        )
         run(python, "-m", "uv", "pip", "install", "-q", "--python", python, "--no-deps", "-e", ROOT)
         stamp.write_text(key)
     return python

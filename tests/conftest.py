@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import images
 import pytest
+
+import images
 
 pytest_plugins = ["cluster.fixtures", "objectstore", "vllmserver"]
 

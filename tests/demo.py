@@ -5,21 +5,30 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 
 import yaml
-from claas_crds.request import Metadata
-from claas_store.stores import open_store
 
 import deployment
 import models
+from claas_crds.request import Metadata
+from claas_store.stores import open_store
 from cluster import nodes
 from cluster.process import ClusterError
 from deployment import NAMESPACE, ROOT, USER, Deployment, say
 from kubectl import CommandFailed, Object, condition
 from proof import Judge
 
-NINE = ("totalLoss", "pgLoss", "jsdReg", "meanAdvantage", "fracPositiveAdvantage", "meanIsRatio", "clipFraction", "gradNorm", "tokensProcessed")
+NINE = (
+    "totalLoss",
+    "pgLoss",
+    "jsdReg",
+    "meanAdvantage",
+    "fracPositiveAdvantage",
+    "meanIsRatio",
+    "clipFraction",
+    "gradNorm",
+    "tokensProcessed",
+)
 EXAMPLES = ROOT / "examples" / "cpu"
 FIRST_SECONDS, WARM_SECONDS = 240, 60
 
@@ -45,7 +54,9 @@ def step(where: Deployment, file: str, seconds: float) -> Object:
     for seen in where.kubectl.follow(f"dr/{name}", namespace=USER, seconds=seconds):
         status = seen.get("status", {})
         phase = status.get("progress", {}).get("phase", "")
-        line = " ".join(filter(None, [status.get("state", "Pending"), status.get("reason", ""), phase, status.get("worker", "")]))
+        line = " ".join(
+            filter(None, [status.get("state", "Pending"), status.get("reason", ""), phase, status.get("worker", "")])
+        )
         if line != shown:
             print(f"  {time.monotonic() - started:6.1f} s  {line}", flush=True)
             shown = line
@@ -59,7 +70,8 @@ def step(where: Deployment, file: str, seconds: float) -> Object:
 
 def story(where: Deployment) -> None:
     """Create, train twice, prove."""
-    print(f"\n$ kubectl apply -f examples/cpu/adapter.yaml\n  {where.kubectl('apply', '-f', str(EXAMPLES / 'adapter.yaml')).strip()}")
+    print("\n$ kubectl apply -f examples/cpu/adapter.yaml")
+    print("  " + where.kubectl("apply", "-f", str(EXAMPLES / "adapter.yaml")).strip())
     print(f"  Ready after {where.kubectl.wait('la/terse', 'condition=Ready', namespace=USER, seconds=180):.1f} s")
     before = where.kubectl.get("la", "terse", "-n", USER)["status"]
 
@@ -73,7 +85,10 @@ def story(where: Deployment) -> None:
     total = numbers["pgLoss"] + numbers["jsdReg"]
     check(abs(numbers["totalLoss"] - total) < 1e-6, "totalLoss = pgLoss + jsdReg")
     check(numbers["gradNorm"] > 0 and numbers["tokensProcessed"] > 0, "a gradient flowed")
-    check(after["headSeq"] == before["headSeq"] + 1 and after["uri"] == first["status"]["loraUri"], "the adapter's head moved once")
+    check(
+        after["headSeq"] == before["headSeq"] + 1 and after["uri"] == first["status"]["loraUri"],
+        "the adapter's head moved once",
+    )
 
     with where.store():
         print("\nThe version in S3")
@@ -122,7 +137,8 @@ def main() -> None:
 def _end(where: Deployment | None, given: bool, keep: bool) -> None:
     if keep and where:
         print(
-            f"It stays up (KEEP=1). Go on with:\n  export KUBECONFIG={where.kubectl.kubeconfig} PATH={where.tools}:$PATH\n"
+            "It stays up (KEEP=1). Go on with:\n"
+            f"  export KUBECONFIG={where.kubectl.kubeconfig} PATH={where.tools}:$PATH\n"
             f"  kubectl get la,dr -n {USER}\n  kubectl logs -n {NAMESPACE} deploy/claas-operator"
         )
         if not given:

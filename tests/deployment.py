@@ -49,7 +49,9 @@ class Deployment:
         """The release's object store, reachable from here by `claas_store` inside the block."""
         secret = self.kubectl.get("secret", f"{RELEASE}-storage", "-n", NAMESPACE)["data"]
         with self.kubectl.forwarded(f"{RELEASE}-seaweedfs", 8333, namespace=NAMESPACE) as port:
-            settings = {name: base64.b64decode(secret[name]).decode() for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+            settings = {
+                name: base64.b64decode(secret[name]).decode() for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+            }
             settings |= {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}
             before = {name: os.environ.get(name) for name in settings}
             os.environ.update(settings)
@@ -68,7 +70,9 @@ class Deployment:
         for pod in self.kubectl.get("pod", "-n", NAMESPACE):
             name = pod["metadata"]["name"]
             with contextlib.suppress(CommandFailed):  # it has not started: the table above says so
-                parts.append(f"--- {name}\n" + self.kubectl("logs", name, "-n", NAMESPACE, f"--tail={lines}", "--all-containers"))
+                parts.append(
+                    f"--- {name}\n" + self.kubectl("logs", name, "-n", NAMESPACE, f"--tail={lines}", "--all-containers")
+                )
         return "\n".join(parts)
 
 
@@ -109,10 +113,20 @@ def install(cluster: Cluster, *, given: bool, full: bool = False) -> Deployment:
     files = [chart / "values-cpu.yaml", *([] if given or full else [chart / "values-slim.yaml"]), ours]
     try:
         say("helm install")
-        kubectl.helm("upgrade", "--install", RELEASE, str(chart), "-n", NAMESPACE, *(f"--values={file}" for file in files))
+        kubectl.helm(
+            "upgrade", "--install", RELEASE, str(chart), "-n", NAMESPACE, *(f"--values={file}" for file in files)
+        )
         for part, seconds in (("seaweedfs", 120), ("operator", 180), ("teacher", TEACHER_SECONDS)):
             started = time.monotonic()
-            kubectl("rollout", "status", f"deploy/{RELEASE}-{part}", "-n", NAMESPACE, f"--timeout={seconds}s", seconds=seconds + 30)
+            kubectl(
+                "rollout",
+                "status",
+                f"deploy/{RELEASE}-{part}",
+                "-n",
+                NAMESPACE,
+                f"--timeout={seconds}s",
+                seconds=seconds + 30,
+            )
             say(f"{part} is ready after {time.monotonic() - started:.0f} s")
     except CommandFailed as error:
         raise CommandFailed(f"{error}\n{deployment.logs()}") from None
@@ -131,7 +145,9 @@ def uninstall(deployment: Deployment) -> None:
 def _given_values() -> dict[str, Any]:
     registry = os.environ.get("REGISTRY")
     if not registry:
-        sys.exit("KUBECONFIG names a cluster of yours: set REGISTRY too, to where `make push REGISTRY=…` put the images")
+        sys.exit(
+            "KUBECONFIG names a cluster of yours: set REGISTRY too, to where `make push REGISTRY=…` put the images"
+        )
     key = images.sources_key()
     return {
         "image": {name: f"{registry.rstrip('/')}/claas-{name}:{key}" for name in images.NAMES},
@@ -178,7 +194,9 @@ def _own_values(kubectl: Kubectl, cluster: Cluster, full: bool) -> dict[str, Any
         "poolDefaults": {"resources": gpu, **build},
         "pools": [{"name": "l40s", "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L40S"}}],
         "fetch": {
-            "extraVolumes": [{"name": "source", "persistentVolumeClaim": {"claimName": "demo-source", "readOnly": True}}],
+            "extraVolumes": [
+                {"name": "source", "persistentVolumeClaim": {"claimName": "demo-source", "readOnly": True}}
+            ],
             "extraVolumeMounts": [{"name": "source", "mountPath": "/source", "readOnly": True}],
         },
         "seaweedfs": store,

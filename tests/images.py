@@ -104,7 +104,11 @@ def main() -> None:
         for image in built.values():
             if options.command == "push":
                 target = f"{options.registry.rstrip('/')}/claas-{image.name}:{sources_key()}"
-                run(["buildah", "push", image.tag, f"docker://{target}"], seconds=3600, environment=images.builder_environment())
+                run(
+                    ["buildah", "push", image.tag, f"docker://{target}"],
+                    seconds=3600,
+                    environment=images.builder_environment(),
+                )
                 print(target)
             else:
                 print(image.tag)

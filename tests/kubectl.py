@@ -23,7 +23,12 @@ class Kubectl:
 
     def __init__(self, kubeconfig: Path, tools: Path) -> None:
         self.kubeconfig = kubeconfig
-        self.env = {**os.environ, "KUBECONFIG": str(kubeconfig), "PATH": f"{tools}:{os.environ['PATH']}", "KUBECACHEDIR": f"{kubeconfig}.cache"}
+        self.env = {
+            **os.environ,
+            "KUBECONFIG": str(kubeconfig),
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "KUBECACHEDIR": f"{kubeconfig}.cache",
+        }
 
     def run(self, *command: str, stdin: str | None = None, seconds: float = 60) -> str:
         """Run any command with KUBECONFIG set; returns stdout.
@@ -32,7 +37,9 @@ class Kubectl:
             CommandFailed: it exited non-zero, or took longer than `seconds`.
         """
         try:
-            done = subprocess.run(command, input=stdin, env=self.env, capture_output=True, text=True, timeout=seconds, check=False)
+            done = subprocess.run(
+                command, input=stdin, env=self.env, capture_output=True, text=True, timeout=seconds, check=False
+            )
         except subprocess.TimeoutExpired:
             raise CommandFailed(f"{' '.join(command)}: no end after {seconds:.0f} s") from None
         if done.returncode:
@@ -55,7 +62,9 @@ class Kubectl:
     def apply(self, *objects: Object, namespace: str | None = None) -> str:
         """`kubectl apply` of objects."""
         where = ["-n", namespace] if namespace else []
-        return self("apply", *where, "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}))
+        return self(
+            "apply", *where, "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
+        )
 
     def wait(self, what: str, condition: str, *, namespace: str, seconds: float) -> float:
         """`kubectl wait WHAT --for=CONDITION`; returns the seconds it took."""
@@ -66,7 +75,9 @@ class Kubectl:
     @contextmanager
     def background(self, *command: str) -> Iterator[subprocess.Popen[str]]:
         """A command that runs until the block ends."""
-        process = subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+        process = subprocess.Popen(
+            command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        )
         try:
             yield process
         finally:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+
 from claas_store.stores import open_store
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")

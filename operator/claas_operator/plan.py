@@ -43,6 +43,8 @@ FRESH_PROBES: Final = 5
 # Of an adapter or a bare request that no waiting can mend: the request ends.
 _LASTING: Final = (Reason.UNKNOWN_POOL, Reason.BASE_MODEL_MISMATCH, Reason.STORAGE_DENIED)
 
+_REASONS: Final = frozenset(Reason)
+
 
 @dataclass
 class Plan:
@@ -95,12 +97,11 @@ class _Planner:
             adapter = self.snapshot.adapter(namespace, name) if name else None
             if adapter is not None and adapter.uid in self.snapshot.in_flight:
                 continue  # a lock or a commit is on its way: what follows from it is decided after it
-            locked = adapter is not None and adapter.active
             for request in queue:
                 if request.uid in self.snapshot.in_flight:
                     continue
-                if request.says_busy and locked and locked != request.uid and request is not queue[0]:
-                    continue  # the long tail of a busy adapter's queue: nothing has changed for it
+                if request.says_busy and request is not queue[0] and self._still_busy(request, adapter):
+                    continue  # the long tail of a queue: nothing has changed for it
                 with self._apart(request):
                     self._request(request, adapter, not name or request is queue[0])
         for request in self.snapshot.expiring.values():
@@ -174,6 +175,16 @@ class _Planner:
             self._bound(request, adapter, is_first)
         else:
             self._want(request, adapter, is_first, attempt=max(1, request.status.attempt))
+
+    def _still_busy(self, request: Request, adapter: Adapter | None) -> bool:
+        """Whether a request that waits for others on its adapter goes on waiting for them."""
+        return (
+            adapter is not None
+            and adapter.active != request.uid
+            and adapter.status.head_seq > 0
+            and not adapter.blocked
+            and self._refusal(adapter) is None
+        )
 
     def _is_ours(self, request: Request, result: Result) -> bool:
         """Whether a successful result names a version that its namespace may have."""
@@ -378,7 +389,7 @@ class _Planner:
 
     def _say(self, request: Request, reason: str, message: str, since: datetime | None = None) -> None:
         """It waits. Short waits are not worth a write."""
-        known = Reason(reason) if reason in set(Reason) else Reason.PENDING
+        known = Reason(reason) if reason in _REASONS else Reason.PENDING
         begun = max(request.created, since) if since else request.created
         if not status.says(request, known, message) and self._due(begun + self._delay):
             self.last.append(Say(request=request, status=status.pending(request, known, message, self.now)))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import kubernetes
 import pytest
+
 from cluster import programs
 from cluster.controlplane import ControlPlane
 from kubectl import Kubectl

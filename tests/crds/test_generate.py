@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import pytest
 import yaml
+from pydantic import Field
+
 from claas_crds import generate
 from claas_crds.__main__ import main
 from claas_crds.adapter import LoraAdapterSpec
 from claas_crds.model import Model
 from claas_crds.reasons import Reason
 from claas_crds.request import DistillRequestSpec
-from pydantic import Field
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS: list[type[Model]] = [LoraAdapterSpec, DistillRequestSpec]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from kubectl import CommandFailed, Kubectl, Object
 
 pytestmark = pytest.mark.controlplane

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
+
 from claas_crds.adapter import LoraAdapterSpec, LoraAdapterStatus
 from claas_crds.model import MAX_MESSAGE, Condition, explain, refusal
 from claas_crds.reasons import DEPENDENCY_REASONS, ConditionType, Outcome, Reason, describe
@@ -19,7 +21,6 @@ from claas_crds.request import (
     Training,
     inline_bytes,
 )
-from pydantic import ValidationError
 
 SAMPLE = {"prompt": "p", "response": "r"}
 REQUEST = {"adapterRef": {"name": "coder"}, "samples": [SAMPLE]}

@@ -11,13 +11,14 @@ from typing import Any
 
 import kubernetes
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from claas_crds import names
 from claas_crds.adapter import LoraAdapterSpec
 from claas_crds.model import Model, explain
 from claas_crds.request import LOGPROB_BYTES, MAX_INLINE_BYTES, TOKEN_ID_BYTES, DistillRequestSpec
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from pydantic import ValidationError
 
 Json = dict[str, Any]
 

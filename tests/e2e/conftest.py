@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import deployment
 import pytest
+
+import deployment
 from cluster import nodes
 from cluster.nodes import Cluster
 from deployment import USER, Deployment

@@ -38,7 +38,12 @@ def adapter(where: Deployment, name: str) -> Object:
 def request(where: Deployment, name: str, **spec: Any) -> str:
     """Apply a DistillRequest; returns its name."""
     where.kubectl.apply(
-        {"apiVersion": "claas.dev/v1alpha1", "kind": "DistillRequest", "metadata": {"name": name, "namespace": USER}, "spec": spec}
+        {
+            "apiVersion": "claas.dev/v1alpha1",
+            "kind": "DistillRequest",
+            "metadata": {"name": name, "namespace": USER},
+            "spec": spec,
+        }
     )
     return name
 

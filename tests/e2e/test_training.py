@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 
-import models
 import pytest
 import yaml
+from transformers import AutoTokenizer
+
+import models
 from claas_store.stores import open_store
 from claas_store.version import find_manifest, read_version
 from deployment import NAMESPACE, ROOT, USER, Deployment
-from kubectl import condition
-from transformers import AutoTokenizer
-
 from e2e import story
+from kubectl import condition
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -33,7 +33,9 @@ def adapter_name(installed: Deployment) -> str:
 def test_user_trains_on_a_warm_lease_within_15_seconds(installed: Deployment, adapter_name: str) -> None:
     before = story.adapter(installed, adapter_name)["status"]
     started = time.monotonic()
-    name = story.request(installed, f"{adapter_name}-1", adapterRef={"name": adapter_name}, samples=[story.sample(SIXTY_FOUR_TOKENS)])
+    name = story.request(
+        installed, f"{adapter_name}-1", adapterRef={"name": adapter_name}, samples=[story.sample(SIXTY_FOUR_TOKENS)]
+    )
     done = story.complete(installed, name)
     took = time.monotonic() - started
     status, after = done["status"], story.adapter(installed, adapter_name)["status"]
@@ -54,7 +56,12 @@ def test_user_trains_on_a_warm_lease_within_15_seconds(installed: Deployment, ad
 
 def test_complete_is_never_seen_before_the_head_moved(installed: Deployment, adapter_name: str) -> None:
     for turn in range(3):
-        name = story.request(installed, f"{adapter_name}-order-{turn}", adapterRef={"name": adapter_name}, samples=[story.sample("Paris!")])
+        name = story.request(
+            installed,
+            f"{adapter_name}-order-{turn}",
+            adapterRef={"name": adapter_name},
+            samples=[story.sample("Paris!")],
+        )
         installed.kubectl.wait(f"dr/{name}", "condition=Complete", namespace=USER, seconds=story.LIMIT_SECONDS)
         head = story.adapter(installed, adapter_name)["status"]
         request = installed.kubectl.get("dr", name, "-n", USER)
@@ -83,18 +90,34 @@ def test_user_trains_a_bare_uri_without_an_adapter(installed: Deployment, adapte
 
 
 def test_bad_input_fails_with_its_reason_and_the_lease_goes_on(installed: Deployment, adapter_name: str) -> None:
-    bad = story.request(installed, story.unique("empty"), adapterRef={"name": adapter_name}, samples=[story.sample("", finishReason="length")])
+    bad = story.request(
+        installed,
+        story.unique("empty"),
+        adapterRef={"name": adapter_name},
+        samples=[story.sample("", finishReason="length")],
+    )
     installed.kubectl.wait(f"dr/{bad}", "condition=Failed", namespace=USER, seconds=story.LIMIT_SECONDS)
     failed = installed.kubectl.get("dr", bad, "-n", USER)
     assert condition(failed, "Failed")["reason"] == "EmptyResponse"
-    good = story.request(installed, story.unique("after"), adapterRef={"name": adapter_name}, samples=[story.sample("Paris, I say.")])
+    good = story.request(
+        installed, story.unique("after"), adapterRef={"name": adapter_name}, samples=[story.sample("Paris, I say.")]
+    )
     assert story.complete(installed, good)["status"]["worker"] == failed["status"]["worker"], "the same lease serves on"
 
 
 def test_worker_killed_in_mid_step_and_the_head_moves_once(installed: Deployment, adapter_name: str) -> None:
     before = story.adapter(installed, adapter_name)["status"]
-    long = [story.sample(" ".join(f"{word} is a city in France." for word in "Paris Lyon Nice Lille Metz Brest Tours Dijon".split() * 4))]
-    name = story.request(installed, story.unique("killed"), adapterRef={"name": adapter_name}, samples=long, training={"innerSteps": 8})
+    long = [
+        story.sample(
+            " ".join(
+                f"{word} is a city in France."
+                for word in ["Paris", "Lyon", "Nice", "Lille", "Metz", "Brest", "Tours", "Dijon"] * 4
+            )
+        )
+    ]
+    name = story.request(
+        installed, story.unique("killed"), adapterRef={"name": adapter_name}, samples=long, training={"innerSteps": 8}
+    )
     seen = story.until(installed, name, lambda status: status.get("progress", {}).get("phase") == "Stepping")
     installed.kubectl("delete", "pod", seen["status"]["worker"], "-n", NAMESPACE, "--grace-period=0", "--force")
     done = story.complete(installed, name)
@@ -106,7 +129,11 @@ def test_worker_killed_in_mid_step_and_the_head_moves_once(installed: Deployment
     assert [entry["requestUid"] for entry in after["history"]].count(done["metadata"]["uid"]) == 1
     with installed.store():
         family = f"s3://adapters/{USER}/{adapter_name}"
-        manifests = [uri for uri, _ in open_store(family).list(f"s3://adapters/{USER}/") if uri.startswith(family) and uri.endswith("claas.json")]
+        manifests = [
+            uri
+            for uri, _ in open_store(family).list(f"s3://adapters/{USER}/")
+            if uri.startswith(family) and uri.endswith("claas.json")
+        ]
         versions = [found for uri in manifests if (found := find_manifest(uri.removesuffix("claas.json")))]
     assert [version.request_uid for version in versions].count(done["metadata"]["uid"]) == 1
     committed = {entry["uri"] for entry in after["history"]}
@@ -116,8 +143,20 @@ def test_worker_killed_in_mid_step_and_the_head_moves_once(installed: Deployment
 
 def test_teacher_down_the_request_waits_and_goes_on(installed: Deployment, adapter_name: str) -> None:
     installed.kubectl("scale", "deploy/claas-teacher", "-n", NAMESPACE, "--replicas=0")
-    installed.kubectl("wait", "pod", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=teacher", "--for=delete", "--timeout=90s", seconds=100)
-    name = story.request(installed, story.unique("patient"), adapterRef={"name": adapter_name}, samples=[story.sample("Paris, still.")])
+    installed.kubectl(
+        "wait",
+        "pod",
+        "-n",
+        NAMESPACE,
+        "-l",
+        "app.kubernetes.io/component=teacher",
+        "--for=delete",
+        "--timeout=90s",
+        seconds=100,
+    )
+    name = story.request(
+        installed, story.unique("patient"), adapterRef={"name": adapter_name}, samples=[story.sample("Paris, still.")]
+    )
     story.until(installed, name, lambda status: status.get("reason") == "TeacherUnavailable")
     installed.kubectl("scale", "deploy/claas-teacher", "-n", NAMESPACE, "--replicas=1")
     status = story.complete(installed, name, seconds=600)["status"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import deployment
 import pytest
+
+import deployment
 from claas_store.version import read_version
 from cluster.nodes import Cluster
 from deployment import NAMESPACE, USER, Deployment
-
 from e2e import story
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 import deployment
 import images
-import pytest
 from cluster.nodes import Cluster
 from deployment import NAMESPACE, Deployment
-from kubectl import condition
-
 from e2e import story
+from kubectl import condition
 
 pytestmark = [pytest.mark.images, pytest.mark.e2e, pytest.mark.timeout(3600)]
 

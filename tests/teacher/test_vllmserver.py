@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import vllmserver
 from vllmserver import vllm_server
 
 pytestmark = pytest.mark.vllm
@@ -37,7 +38,8 @@ def test_it_dies_with_a_test_run_that_is_killed(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from vllmserver import vllm_server\n"
         "with vllm_server(Path(sys.argv[1]), log=Path(sys.argv[1]) / 'log'): pass"
     )
-    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    environment = {**os.environ, "PYTHONPATH": str(Path(vllmserver.__file__).parent)}
+    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
     try:
         wait_for(lambda: len(processes_that_mention(tmp_path)) == 3)  # the run, its server and the guard
     finally:
