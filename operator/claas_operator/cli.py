@@ -52,17 +52,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _operator_run(options: argparse.Namespace) -> int:
-    try:
-        from claas_operator.main import log_as_json, run
-    except ModuleNotFoundError as error:
-        print(f"claas operator needs {error.name}: pip install 'claas[operator]'", file=sys.stderr)
-        return 1
     from claas_operator.settings import SettingsError, load
 
     try:
         settings = load(options.config)
     except SettingsError as error:
         print(f"claas operator: {error}", file=sys.stderr)
+        return 1
+    try:
+        from claas_operator.main import log_as_json, run
+    except ModuleNotFoundError as error:
+        print(f"claas operator needs {error.name}: pip install 'claas[operator]'", file=sys.stderr)
         return 1
     log_as_json(options.log_level)
     return run(settings, options.liveness)

@@ -392,9 +392,9 @@ def parse(kind: Kind, raw: Raw, now: datetime, known: AnyEntry | None = None) ->
     if created is None:
         raise ValueError("metadata.creationTimestamp is empty")
     common: dict[str, Any] = {
-        "uid": metadata["uid"],
-        "name": metadata["name"],
-        "namespace": metadata["namespace"],
+        "uid": _text(metadata["uid"]),
+        "name": _text(metadata["name"]),
+        "namespace": _text(metadata["namespace"]),
         "version": int(metadata["resourceVersion"]),
         "created": created,
         "deleting": parse_time(metadata.get("deletionTimestamp")),
@@ -404,13 +404,19 @@ def parse(kind: Kind, raw: Raw, now: datetime, known: AnyEntry | None = None) ->
         return _request(raw, common, now, known if isinstance(known, Request) else None)
     if kind is Kind.ADAPTER:
         return _adapter(raw, common)
-    labels = metadata.get("labels") or {}
+    labels = {_text(key): _text(value) for key, value in (metadata.get("labels") or {}).items()}
     component, pool = labels.get(names.COMPONENT_LABEL, ""), labels.get(names.POOL_LABEL, "")
     if kind is Kind.POD:
         return _pod(raw, common, component, pool, labels.get("batch.kubernetes.io/job-name", ""))
     if kind is Kind.JOB:
         return _job(raw, common, component, pool, labels)
     return _lease(raw, common, now, known if isinstance(known, Lease) else None)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a string was expected")
+    return value
 
 
 # A shared, empty status: ten thousand ended requests keep no numbers in memory.
@@ -521,7 +527,7 @@ def _pod(raw: Raw, common: dict[str, Any], component: str, pool: str, job: str) 
         component=component,
         pool=pool,
         job=job,
-        phase=status.get("phase", ""),
+        phase=_text(status.get("phase", "")),
         started=parse_time(status.get("startTime")),
         trouble=_trouble(status),
         answer=_answer(status),
@@ -573,8 +579,8 @@ def _lease(raw: Raw, common: dict[str, Any], now: datetime, known: Lease | None)
     return Lease(
         **common,
         holder=str(spec.get("holderIdentity") or ""),
-        state=annotations.get(names.LEASE_STATE, ""),
-        running=frozenset(uid for uid in annotations.get(names.LEASE_RUNNING, "").split(",") if uid),
+        state=_text(annotations.get(names.LEASE_STATE, "")),
+        running=frozenset(uid for uid in _text(annotations.get(names.LEASE_RUNNING, "")).split(",") if uid),
         renewed=renewed,
         observed=known.observed if known is not None and known.renewed == renewed else now,
     )

@@ -365,20 +365,22 @@ def test_oracle_9_one_pass_is_its_micro_batches_in_any_order(case: Case, alpha: 
 @given(cases(), st.sampled_from(ALPHAS))
 def test_oracle_9_padded_is_packed_is_one_by_one(case: Case, alpha: float) -> None:
     n = len(case.y)
-    padded = Case(*(torch.cat([field, torch.zeros_like(field)]) for field in vars(case).values()))
-    padded.logits[n:] = torch.nan  # whatever a masked row holds
-    padded.y[n:] = -100
-    mask = torch.arange(2 * n) < n
-    teacher = torch.cat([case.teacher, torch.full_like(case.teacher, torch.nan)])
-    logits = padded.logits.clone().requires_grad_()
-    old = torch.full((2 * n,), torch.nan)
-    old[:n] = case.logits.log_softmax(-1).gather(1, case.y[:, None]).squeeze(1)
-    loss, metrics = sdpo_loss(logits, padded.y, padded.ids, teacher, old, mask, alpha=alpha)
+    mask = torch.arange(2 * n) % 2 > 0  # left, right and in between
+
+    def padded(values: Tensor, filler: float) -> Tensor:
+        spread = torch.full((2 * n, *values.shape[1:]), filler, dtype=values.dtype)
+        spread[mask] = values
+        return spread
+
+    mu = case.logits.log_softmax(-1).gather(1, case.y[:, None]).squeeze(1)
+    logits = padded(case.logits, torch.nan).requires_grad_()  # whatever a masked row holds
+    tensors = (padded(case.y, -100), padded(case.ids, 0), padded(case.teacher, torch.nan), padded(mu, torch.nan))
+    loss, metrics = sdpo_loss(logits, *tensors, mask, alpha=alpha)
     loss.backward()
-    assert metrics == case.loss(alpha=alpha, old_logprobs=old[:n])[1]
-    assert torch.equal(logits.grad[:n], case.gradient(alpha=alpha, old_logprobs=old[:n]))
-    assert torch.count_nonzero(logits.grad[n:]) == 0
-    singles = [one(case, t).loss(alpha=alpha, old_logprobs=old[t : t + 1], total_tokens=n)[1] for t in range(n)]
+    assert metrics == case.loss(alpha=alpha, old_logprobs=mu)[1]
+    assert torch.equal(logits.grad[mask], case.gradient(alpha=alpha, old_logprobs=mu))
+    assert torch.count_nonzero(logits.grad[~mask]) == 0
+    singles = [one(case, t).loss(alpha=alpha, old_logprobs=mu[t : t + 1], total_tokens=n)[1] for t in range(n)]
     assert combine(singles) == pytest.approx(metrics, abs=1e-12)
 
 
@@ -458,7 +460,7 @@ def test_oracle_13_teacher_mass_above_one(excess: float, outcome: str) -> None:
 FAULTS: dict[str, tuple[type[GuardError], dict[str, object]]] = {
     "nan teacher": (NonFiniteInput, {"teacher_logprobs": (0, torch.nan)}),
     "infinite teacher": (NonFiniteInput, {"teacher_logprobs": (0, torch.inf)}),
-    "teacher above zero": (NonFiniteInput, {"teacher_logprobs": (0, 2e-4)}),
+    "teacher above zero": (NonFiniteInput, {"teacher_logprobs": (0, torch.tensor([2e-4] + 3 * [-torch.inf]))}),
     "nan rollout": (NonFiniteInput, {"old_logprobs": (0, torch.nan)}),
     "infinite rollout": (NonFiniteInput, {"old_logprobs": (0, -torch.inf)}),
     "nan student": (NonFiniteInput, {"student_logits": (0, torch.nan)}),
