@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from claas_crds.request import Parent
 from claas_operator import status
 from claas_operator.actions import Commit, End, Retry, Say
 from claas_operator.plan import plan
@@ -114,7 +115,6 @@ def test_a_condition_keeps_its_transition_time_while_its_status_stays() -> None:
 
 
 def _parent() -> Any:
-    from claas_crds.request import Parent
 
     return Parent(uri=f"{PREFIX}x/")
 

@@ -1,4 +1,4 @@
-"""The agent's process against the real API server: every write of protocol.md that is a worker's, and its preconditions."""
+"""The agent's process against the real API server: a worker's writes of protocol.md, and what they require."""
 
 from __future__ import annotations
 
