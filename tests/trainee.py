@@ -42,11 +42,14 @@ SHORT = {"prompt": "2+2?", "response": "4", "feedback": "Say it in a sentence."}
 
 
 def tiny_student(micro_batch_tokens: int = 4096) -> Student:
-    """Random, in fp32 on the CPU; its embedding is scaled so that its distributions are not flat: contexts matter."""
+    """Random, in fp32 on the CPU; its weights are scaled up: its distributions are not flat, and contexts matter."""
     student = Student.load(
         models.tiny_qwen_dir(), base_model=BASE_MODEL, device="cpu", threads=2, micro_batch_tokens=micro_batch_tokens
     )
     with torch.no_grad():
+        for module in student.model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                module.weight.mul_(1 if module.weight is student.head else 5)
         student.head.mul_(10)
     return student
 

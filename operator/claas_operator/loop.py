@@ -17,14 +17,14 @@ from typing import Any, Final
 
 from kubernetes.aio.client.exceptions import ApiException
 
-from claas_crds import names
 from claas_operator.actions import Action, Bind, Commit, End, Fence, Lock
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.apply import Apply, Lost
 from claas_operator.leader import Leader
 from claas_operator.plan import plan
+from claas_operator.relist import relist, selectors
 from claas_operator.settings import Settings
-from claas_operator.snapshot import Kind, Snapshot
+from claas_operator.snapshot import Kind, Request, Snapshot
 from claas_operator.teacher import TeacherProbe
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,6 @@ COOL_CAP_SECONDS: Final = 30.0
 FORGET_SECONDS: Final = 60.0
 # Planning again and again takes at most about this share of the time; under load, events are taken several at once.
 PLAN_SHARE: Final = 0.5
-# At the start, the objects that we know to exist are given this long to arrive by the watch before they are fetched.
-ARRIVAL_SECONDS: Final = 20.0
 
 
 @dataclass
@@ -205,47 +203,16 @@ class Loop:
             self._relist_now.clear()
 
     async def _relist(self) -> None:
-        """Afterwards the snapshot holds every object that existed at the start, and none that was deleted by then."""
         leading = self.leader.leading()
         await self._find_owner()
-        missing: list[tuple[Kind, str, str, str]] = []
-        for kind in Kind:
-            known = set(self.snapshot.table(kind)) | set(self.snapshot.broken)
-            listed: set[str] = set()
-            async for item in self._api.list(kind, selectors(self.settings).get(kind, ""), metadata_only=True):
-                metadata = item["metadata"]
-                listed.add(metadata["uid"])
-                if metadata["uid"] not in known:
-                    missing.append((kind, metadata["uid"], metadata["namespace"], metadata["name"]))
-            # Known before the list began and not in it: deleted, and the news was lost. A uid never comes back.
-            for uid in (known & set(self.snapshot.table(kind))) - listed:
-                self.snapshot.remove(kind, uid, datetime.now(UTC))
-        await self._arrive(missing)
-        self.snapshot.sweep(datetime.now(UTC))
-        now, known = asyncio.get_running_loop().time(), self.snapshot
+        await relist(self._api, self.snapshot, selectors(self.settings))
+        now, here = asyncio.get_running_loop().time(), self.snapshot
         self._cooling = {key: c for key, c in self._cooling.items() if now < c.until + FORGET_SECONDS}
-        self._skipped = {u: v for u, v in self._skipped.items() if u in known.requests or u in known.adapters}
+        self._skipped = {u: v for u, v in self._skipped.items() if u in here.requests or u in here.adapters}
         if leading and self.leader.leading() and not self._synced:
             self._synced = True
-            log.info("synced", extra={kind.value: len(self.snapshot.table(kind)) for kind in Kind})
+            log.info("synced", extra={kind.value: len(here.table(kind)) for kind in Kind})
         self._wake.set()
-
-    async def _arrive(self, missing: list[tuple[Kind, str, str, str]]) -> None:
-        """What exists comes by the watches, ten thousand objects within seconds; what does not come is fetched."""
-        end = asyncio.get_running_loop().time() + ARRIVAL_SECONDS
-
-        def rest() -> list[tuple[Kind, str, str, str]]:
-            here, tables = self.snapshot, {kind: self.snapshot.table(kind) for kind in Kind}
-            return [m for m in missing if not (m[1] in tables[m[0]] or m[1] in here.gone or m[1] in here.broken)]
-
-        before = len(missing) + 1
-        while (missing := rest()) and len(missing) < before and asyncio.get_running_loop().time() < end:
-            before = len(missing)
-            await asyncio.sleep(0.5)
-        for kind, _, namespace, name in missing:
-            raw = await self._api.get(kind, namespace, name)
-            if raw is not None:
-                self.snapshot.put(kind, raw, datetime.now(UTC))
 
     async def _find_owner(self) -> None:
         if self.settings.owner is None or self.snapshot.owner_uid is not None:
@@ -272,14 +239,6 @@ class Loop:
             await asyncio.sleep(self.settings.timings.teacher_probe_seconds)
 
 
-def selectors(settings: Settings) -> dict[Kind, str]:
-    """Label selectors of the kinds that are not ours alone, for watches and lists."""
-    instance = f"{names.INSTANCE_LABEL}={settings.instance}"
-    both = f"{instance},{names.COMPONENT_LABEL} in ({names.COMPONENT_WORKER},{names.COMPONENT_OPERATION})"
-    worker = f"{instance},{names.COMPONENT_LABEL}={names.COMPONENT_WORKER}"
-    return {Kind.JOB: both, Kind.POD: both, Kind.LEASE: worker}
-
-
 def _retry_after(error: BaseException) -> float:
     """What the API server asked for (429, 503), in seconds."""
     headers = error.headers if isinstance(error, ApiException) else None
@@ -288,18 +247,19 @@ def _retry_after(error: BaseException) -> float:
 
 
 def _details(action: Action) -> dict[str, Any]:
-    """What is worth a place in the log line of a decision, besides its object."""
+    """What is worth a place in the log line of a decision, besides its object. Never text: none is known."""
+    request = getattr(action, "request", None)
+    about = {"uid": request.uid} if isinstance(request, Request) else {}
     match action:
         case Bind():
-            return {"worker": action.worker, "attempt": action.attempt, "uid": action.request.uid}
+            return about | {"worker": action.worker, "attempt": action.attempt}
         case Lock():
-            return {"request": action.request.name, "uid": action.request.uid}
+            return about | {"request": action.request.name}
         case Commit():
-            heir = action.heir.name if action.heir else ""
-            return {"request": action.request.name, "uid": action.request.uid, "heir": heir}
+            return about | {"request": action.request.name, "heir": action.heir.name if action.heir else ""}
         case End():
-            return {"reason": action.reason, "uid": action.request.uid}
+            return about | {"reason": action.reason}
         case Fence():
-            return {"fault": action.fault.value}
+            return about | {"fault": action.fault.value}
         case _:
-            return {}
+            return about

@@ -18,7 +18,8 @@ from pythonjsonlogger.json import JsonFormatter
 
 from claas_crds import names
 from claas_operator.api import Api, connect
-from claas_operator.loop import Loop, selectors
+from claas_operator.loop import Loop
+from claas_operator.relist import selectors
 from claas_operator.settings import Settings
 from claas_operator.snapshot import Kind
 
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 CHUNK_SIZE: Final = 200
 IDLE_TIMEOUT_SECONDS: Final = 0.05
 WORKER_LIMIT: Final = 100
+# An API server that answers 5xx or nothing is asked again soon, for ten minutes; then the process starts anew.
+ERROR_BACKOFFS: Final = (0.2, 0.5, 1.0, *[2.0] * 300)
 # The loop comes round at least once per relist; a process that misses several of them is stuck.
 MISSED_RELISTS: Final = 3
 
@@ -85,6 +88,7 @@ def configure(kopf_settings: kopf.OperatorSettings, settings: Settings) -> None:
     kopf_settings.queueing.worker_limit = WORKER_LIMIT
     kopf_settings.networking.request_timeout = 30
     kopf_settings.networking.connect_timeout = 10
+    kopf_settings.networking.error_backoffs = ERROR_BACKOFFS
     # A server-side end now and then: a watch that is dead without saying so is found by that at the latest.
     kopf_settings.watching.server_timeout = 300
     kopf_settings.persistence.diffbase_storage = _NoDiffs()

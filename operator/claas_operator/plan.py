@@ -44,6 +44,8 @@ FRESH_PROBES: Final = 5
 _LASTING: Final = (Reason.UNKNOWN_POOL, Reason.BASE_MODEL_MISMATCH, Reason.STORAGE_DENIED)
 
 _REASONS: Final = frozenset(Reason)
+# Begins the message of a request that an outage of the teacher has delayed, until it is bound again.
+_TEACHER_IS_BACK: Final = "the teacher is back"
 
 
 @dataclass
@@ -116,7 +118,10 @@ class _Planner:
                 continue
             its_jobs = jobs.get(adapter.uid, [])
             its_pods = [pod for job in its_jobs for pod in pods.get((job.namespace, job.name), [])]
-            self.first += plan_adapter(adapter, self.snapshot, self.settings, its_jobs, its_pods, self.now, self.wake)
+            with self._apart(adapter):
+                self.first += plan_adapter(
+                    adapter, self.snapshot, self.settings, its_jobs, its_pods, self.now, self.wake
+                )
         self.first += fences(self.snapshot, self.settings, self.now, self.wake)
         actions = [a for a in (*self.first, *self.then, *self.last) if a.key not in self.snapshot.in_flight]
         return Plan(actions, self.wake_at, self.teacher_wanted, self.skipped)
@@ -166,7 +171,8 @@ class _Planner:
         elif result is not None and result.outcome is Outcome.FAILED:
             self._end(request, result.reason, result.message)
         elif request.first_claim and self._due(request.first_claim + request.deadline):
-            self._end(request, Reason.DEADLINE_EXCEEDED, f"{request.deadline.total_seconds():.0f} s have passed")
+            limit = f"spec.activeDeadlineSeconds: {request.deadline.total_seconds():.0f} s"
+            self._end(request, Reason.DEADLINE_EXCEEDED, f"{limit} have passed since the first claim")
         elif result is not None:
             self._retry(request, adapter, is_first, result.reason, result.message, request.result_at)
         elif request.claimed:
@@ -230,7 +236,7 @@ class _Planner:
         if adapter.blocked or self._refusal(adapter):
             return None
         for other in self._queue(request):
-            if other.uid == request.uid or other.uid in self.snapshot.in_flight or other.uid in adapter.committed:
+            if other.uid == request.uid or other.uid in adapter.committed:
                 continue
             parent = other.status.parent
             bound_here = parent is None or parent.adapter_uid == adapter.uid
@@ -266,7 +272,7 @@ class _Planner:
         moves_at = request.assigned_at + timedelta(seconds=self.settings.timings.claim_grace_seconds)
         if lost(pod) or (pod and pod.deleting) or self._due(moves_at):
             attempt = request.status.attempt
-            self._want(request, adapter, is_first, attempt=attempt, but=request.worker, since=moves_at)
+            self._want(request, adapter, is_first, attempt=attempt, but=request.worker, since=min(moves_at, self.now))
 
     def _retry(
         self, request: Request, adapter: Adapter | None, is_first: bool, reason: str, message: str, at: datetime | None
@@ -280,8 +286,8 @@ class _Planner:
                 self._say(request, reason, f"attempt {attempt} failed and is tried again: {message}")
                 return
             if reason == Reason.TEACHER_UNAVAILABLE and self.settings.teacher is not None:
-                # An outage is nobody's fault and may last: it burns no attempt. Whether it was one is seen from a look
-                # at the teacher that is younger than the failure, and kept in status (nothing else remembers).
+                # An outage is nobody's fault and may last: no request ends by it. Whether it was one is seen from a
+                # look at the teacher that is younger than the failure, and kept in status (nothing else remembers).
                 self.teacher_wanted = True
                 health = self.snapshot.teacher
                 if health is None or health.at <= at:
@@ -289,12 +295,19 @@ class _Planner:
                 if not health.ready:
                     self._say(request, Reason.TEACHER_UNAVAILABLE, describe(Reason.TEACHER_UNAVAILABLE))
                     return
-                excused = status.says(request, Reason.TEACHER_UNAVAILABLE, describe(Reason.TEACHER_UNAVAILABLE))
+                excused = self._outlasted_the_teacher(request)
         if attempt > request.backoff_limit and not excused:
             what = f"attempt {attempt} was the last of {request.backoff_limit + 1}: {reason}: {message}"
             self._end(request, Reason.BACKOFF_LIMIT_EXCEEDED, what, lost=at is None)
             return
-        self._want(request, adapter, is_first, attempt=attempt + 1, retry=True, lost=at is None, since=at, why=message)
+        why = _TEACHER_IS_BACK if excused else message
+        self._want(request, adapter, is_first, attempt=attempt + 1, retry=True, lost=at is None, since=at, why=why)
+
+    def _outlasted_the_teacher(self, request: Request) -> bool:
+        """Whether its status says that the teacher was down after the attempt had failed, whatever it waits for now."""
+        assigned = request.condition(ConditionType.ASSIGNED)
+        since_then = assigned is not None and assigned.message.startswith(_TEACHER_IS_BACK)
+        return since_then or status.says(request, Reason.TEACHER_UNAVAILABLE, describe(Reason.TEACHER_UNAVAILABLE))
 
     # Who could run
 
@@ -462,7 +475,7 @@ class _Planner:
         for want in self.unplaced:
             pool, trouble = want.pool.name, fleet.trouble.get(self._scope(want))
             message = f"no worker of pool {pool} starts: {trouble}" if trouble else describe(Reason.NO_CAPACITY)
-            if want.lost:
-                self._say(want.request, Reason.WORKER_LOST, f"{want.why}; {message}")
-            else:
-                self._say(want.request, Reason.NO_CAPACITY, message, want.since)
+            if want.why:
+                message = f"{want.why}; {message}"
+            reason = Reason.WORKER_LOST if want.lost else Reason.NO_CAPACITY
+            self._say(want.request, reason, message, None if want.lost else want.since)

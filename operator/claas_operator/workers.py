@@ -21,6 +21,9 @@ from claas_operator.snapshot import Job, Kind, Lease, Pod, Request, Snapshot
 # Of a Pod whose pool is no longer configured.
 DEFAULT_START_LIMIT: Final = timedelta(seconds=900)
 
+# The Job controller makes a Job's Pod within a second; one that has none after this was refused one.
+POD_LATE: Final = timedelta(seconds=20)
+
 # Pool name and namespace: where one set of workers serves one set of requests.
 Scope = tuple[str, str]
 # Tells the planner that something becomes interesting at that time.
@@ -110,6 +113,10 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
             fleet.draining[scope] += 1
         elif lease is None or lease.state == names.STATE_STARTING:
             fleet.starting[scope] += 1
+        if its_pod is None and now >= job.created + POD_LATE:
+            fleet.trouble.setdefault(scope, f"Job {job.name} has no Pod; its events say why (a quota, an admission?)")
+        elif its_pod is None:
+            wake(job.created + POD_LATE)
     for action in snapshot.in_flight.values():
         if not isinstance(action, StartJob) or not action.pool:
             continue

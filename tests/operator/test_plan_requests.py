@@ -456,6 +456,34 @@ def test_an_outage_of_the_teacher_burns_no_attempt_however_long_it_lasts() -> No
     assert about(decide(*objects, waiting, at=3600, using=using, teacher=up(3599)), Retry)
 
 
+def test_an_outage_is_remembered_while_the_request_waits_for_a_worker() -> None:
+    """The workers have left during the outage: the wait for a new one must not make the request forget its excuse."""
+    using = settings(**TEACHER)
+    held = adapter(status={"active": active("r")})
+    status = bound("gone") | claim("gone") | result("Retryable", reason="TeacherUnavailable")
+    spec = {"backoffLimit": 0, "activeDeadlineSeconds": 86400}
+    (say,) = about(decide(held, request("r", spec=spec, status=status), at=6, using=using, teacher=down(5)), Say)
+    assert isinstance(say, Say)
+    waiting = request("r", spec=spec, status=status | say.status, version=2)
+    (say,) = about(decide(held, waiting, at=60, using=using, teacher=up(59)), Say)
+    assert isinstance(say, Say)
+    assert say.status["reason"] == Reason.NO_CAPACITY
+    waiting = request("r", spec=spec, status=status | say.status, version=3)
+    assert about(decide(held, waiting, *workers(WORKER), at=90, using=using, teacher=up(89)), Retry)
+
+
+def test_the_lock_goes_to_the_next_even_while_something_is_written_to_it() -> None:
+    held = adapter(status={"active": active("r")})
+    reported = request("r", status=bound(WORKER) | claim(WORKER) | result())
+    seen = snapshot(held, reported, request("s", created=later(1)), request("t", created=later(2)))
+    said = plan(seen, settings(), later(9)).actions
+    seen.in_flight["uid-s"] = next(a for a in said if isinstance(a, Say) and a.request.name == "s")
+    commit = about(plan(seen, settings(), later(9)), Commit)[0]
+    assert isinstance(commit, Commit)
+    assert commit.heir is not None
+    assert commit.heir.name == "s"
+
+
 def test_a_teacher_that_looks_healthy_and_fails_does_burn_attempts() -> None:
     using = settings(**TEACHER)
     held = adapter(status={"active": active("r")})

@@ -130,6 +130,14 @@ def environment(start: StartJob) -> dict[str, str | None]:
     return {variable["name"]: variable.get("value") for variable in container["env"]}
 
 
+def test_a_job_that_gets_no_pod_shows_in_the_waiting_request() -> None:
+    early = decide(request("r", ""), job("claas-l40s-1"), at=19)
+    assert early.wake_at == later(20)
+    (say,) = about(decide(request("r", ""), job("claas-l40s-1"), at=20), Say)
+    assert isinstance(say, Say)
+    assert "Job claas-l40s-1 has no Pod" in say.status["conditions"][-1]["message"]
+
+
 def test_min_workers_are_kept_and_never_leave_for_want_of_work() -> None:
     (start,) = started(pool={"minWorkers": 1})
     assert environment(start)["CLAAS_LINGER_SECONDS"] == "31536000"

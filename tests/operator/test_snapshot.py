@@ -13,11 +13,13 @@ from claas_crds.request import Parent
 from claas_operator import status
 from claas_operator.actions import Commit, End, Retry, Say
 from claas_operator.plan import plan
+from claas_operator.relist import relist
 from claas_operator.snapshot import TOMBSTONE_LIFE, Kind, Snapshot
 from operatorkit import (
     NOW,
     PREFIX,
     WORKER,
+    MemoryApi,
     Raw,
     about,
     active,
@@ -163,3 +165,13 @@ def test_whatever_an_object_holds_the_others_go_on(data: st.DataObject) -> None:
         made = plan(seen, settings(), later(at))
         assert not made.skipped, made.skipped
     assert any(a.about == "team/good" for a in plan(seen, settings(), NOW).actions)
+
+
+async def test_a_relist_finds_lost_deletions_and_lost_arrivals() -> None:
+    api = MemoryApi()
+    api.add(request("there"))
+    api.add(request("new"))
+    seen = snapshot(request("there"), request("deleted"), pod(WORKER))
+    await relist(api, seen, {})  # type: ignore[arg-type]
+    assert sorted(r.name for r in seen.requests.values()) == ["new", "there"]
+    assert not seen.pods
