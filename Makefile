@@ -24,10 +24,15 @@ demo: python ## install into a real cluster and train an adapter, start to finis
 	@$(PY) tests/demo.py
 
 .PHONY: test
-test: python ## lint, unit, contract, control-plane, vLLM, image and end-to-end tests
+test: python ## lint, unit, contract, control-plane, vLLM and end-to-end tests
 	@python3.11 tests/prepare.py --tests
 	@$(MAKE) --no-print-directory lint
 	$(PY) -m pytest tests -q $(if $(KUBECONFIG),,--require-all)
+
+.PHONY: test-images
+test-images: python ## build the full images, import them and run one request on them (gigabytes, minutes; once per change)
+	@python3.11 tests/prepare.py
+	$(PY) -m pytest tests/e2e -q -m images --images
 
 .PHONY: unit
 unit: env ## the tests that need no cluster, no vLLM and no images (a minute)

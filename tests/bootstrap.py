@@ -105,10 +105,11 @@ def checkout_environment() -> Path:
             f"import site; site.addsitedir({str(packages)!r})\n"
         )
         run(python, "-m", "uv", "pip", "install", "-q", "--python", python, "--no-deps", "-e", ROOT)
-        for name in ("pytest", "ruff", "mypy"):  # as people type them; the cached ones know nothing of this checkout
+        for name in ("pytest", "mypy"):  # as people type them; the cached ones know nothing of this checkout
             script = VENV / "bin" / name
             script.write_text(f'#!/bin/sh\nexec "{python}" -m {name} "$@"\n')
             script.chmod(0o755)
+        (VENV / "bin" / "ruff").symlink_to(packages.parents[2] / "bin" / "ruff")
         stamp.write_text(key)
     return python
 

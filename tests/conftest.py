@@ -11,6 +11,7 @@ pytest_plugins = ["cluster.fixtures", "objectstore", "vllmserver"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--require-all`: a skipped test is a failed run."""
+    parser.addoption("--images", action="store_true", help="also run a request on the full images, where they changed")
     parser.addoption("--require-all", action="store_true", help="fail instead of skipping when a part is missing")
 
 
@@ -25,8 +26,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Full images are built as often as what they are made of changes: gigabytes and minutes."""
-    if any(item.get_closest_marker("images") for item in items) and images.verified().exists():
+    """Full images are built when asked for, and as often as what they are made of changes: gigabytes and minutes."""
+    if not config.getoption("--images") or images.verified().exists():
         chosen = [item for item in items if not item.get_closest_marker("images")]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen

@@ -90,20 +90,28 @@ def plan_adapter(
         pods: the Pods of these.
     """
     if adapter.status.head_seq == 0:
+        home = operation_namespace(adapter, settings)
+        jobs, pods = [j for j in jobs if j.namespace == home], [p for p in pods if p.namespace == home]
         if adapter.deleting is None:
             yield from _create(adapter, snapshot, settings, sorted(jobs, key=lambda job: job.counter), pods, now, wake)
-    elif adapter.active and _may_be_freed(adapter, snapshot):
+    elif adapter.active and _may_be_freed(adapter, snapshot, settings):
         holder_name = adapter.status.active.request_name if adapter.status.active else ""
         yield Free(adapter=adapter, holder=adapter.active, holder_name=holder_name, status=status.freed(adapter, now))
 
 
-def _may_be_freed(adapter: Adapter, snapshot: Snapshot) -> bool:
-    """Whether the lock's holder has ended or is gone, and no living worker lists it, as far as the snapshot knows."""
-    uid = adapter.active
+def _may_be_freed(adapter: Adapter, snapshot: Snapshot, settings: Settings) -> bool:
+    """Whether the lock's holder has ended or is gone, and no living worker lists it, as far as the snapshot knows.
+
+    Its workers are in the release's namespace or beside it; nobody else's Lease may hold a lock.
+    """
+    uid, places = adapter.active, (settings.namespace, adapter.namespace)
     holder = snapshot.requests.get(uid)
     if uid in snapshot.broken or (holder is not None and holder.ended is None):
         return False
-    return not any(uid in lease.running and holds(lease.holder, snapshot) for lease in snapshot.leases.values())
+    return not any(
+        uid in lease.running and lease.namespace in places and holds(lease.holder, snapshot)
+        for lease in snapshot.leases.values()
+    )
 
 
 def holds(pod_uid: str, snapshot: Snapshot) -> bool:
@@ -177,12 +185,16 @@ def _fold(adapter: Adapter, settings: Settings, answer: Answer, now: datetime) -
 
 
 def _start(adapter: Adapter, snapshot: Snapshot, settings: Settings, jobs: list[Job]) -> StartJob:
-    pool = pool_of(adapter, settings)
-    shared = pool is None or pool.isolation == "Shared"
-    namespace = settings.namespace if shared else adapter.namespace
+    namespace = operation_namespace(adapter, settings)
     taken = snapshot.taken_counters.get((namespace, create_stem(settings, adapter.uid)), 0)
     counter = max([taken, *(job.counter for job in jobs)]) + 1
     return StartJob(manifest=build_create_job(settings, adapter, namespace, counter, snapshot.owner_uid), pool="")
+
+
+def operation_namespace(adapter: Adapter, settings: Settings) -> str:
+    """Where the adapter's operation Jobs run. Jobs anywhere else are not ours, whatever their labels say."""
+    pool = pool_of(adapter, settings)
+    return adapter.namespace if pool is not None and pool.isolation == "Namespace" else settings.namespace
 
 
 def pool_of(adapter: Adapter, settings: Settings) -> Pool | None:

@@ -150,12 +150,13 @@ class Apply:
                 raise Lost("the request that holds the adapter has not ended")
         workers = ",".join(f"{k}={v}" for k, v in selector(self._settings, names.COMPONENT_WORKER).items())
         async for item in self._api.list(Kind.LEASE, workers):
+            if item["metadata"]["namespace"] not in (self._settings.namespace, namespace):
+                continue  # its workers are in the release's namespace or beside it
             lease = self._snapshot.put(Kind.LEASE, item, self._clock())
             if not isinstance(lease, Lease):
                 raise Lost("a worker's Lease cannot be read")
-            if action.holder in lease.running and not await self._pod_is_gone(
-                lease.namespace, lease.name, lease.holder
-            ):
+            listed = action.holder in lease.running
+            if listed and not await self._pod_is_gone(lease.namespace, lease.name, lease.holder):
                 raise Lost("a living worker still lists the request")
         await self._patch(Kind.ADAPTER, action.adapter, action.adapter.version, action.status)
 

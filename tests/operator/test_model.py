@@ -86,7 +86,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
         self.api = MemoryApi(clock=lambda: self.now, pause=pause)
         self.settings = settings(pool={"batch": 2, "maxWorkers": 2}, operations={"template": OPERATION})
         self.workers: dict[str, WorkerProcess] = {}
-        self.made = 0
+        self.made = 0  # requests, by the name of r1, r2, …
         self.harm = {"cancel": 2, "delete": 1, "recreate": 1, "break": 4}  # else nothing is left to go wrong
         self.checked = 0
         self.heads: dict[str, tuple[int, str]] = {}  # adapter uid -> headSeq, uri
@@ -130,8 +130,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
         self.harm[what] -= 1
         return self.harm[what] >= 0
 
-    @rule(i=st.integers(1, MAX_REQUESTS))
+    @rule(i=st.integers(0, MAX_REQUESTS))
     def user_cancels(self, i: int) -> None:
+        i = 1 + i % max(1, self.made)
         if not self.may("cancel"):
             return
         if raw := self.api.objects.get((Kind.REQUEST, TEAM, f"r{i}")):
@@ -139,8 +140,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
             patch = {"spec": {"cancel": True}, "metadata": {"generation": generation}}
             self.api.change(Kind.REQUEST, TEAM, f"r{i}", patch)
 
-    @rule(i=st.integers(1, MAX_REQUESTS))
+    @rule(i=st.integers(0, MAX_REQUESTS))
     def user_deletes(self, i: int) -> None:
+        i = 1 + i % max(1, self.made)
         if (Kind.REQUEST, TEAM, f"r{i}") in self.api.objects and self.may("delete"):
             self.api.drop(Kind.REQUEST, TEAM, f"r{i}")
 
@@ -328,7 +330,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
         self.show(worker)
         on = status["parent"]["adapterUid"]
         if on:
-            self.nobody_else_trains(worker, on)
+            self.nothing_else_trains(uid, on)
         claim = {"worker": worker.name, "attempt": status["attempt"], "at": format_time(self.now)}
         self.api.change(Kind.REQUEST, TEAM, raw["metadata"]["name"], {"status": {"claim": claim}})
         worker.training[uid] = (status["attempt"], status["parent"]["uri"], on)
@@ -401,17 +403,13 @@ class ControlPlaneModel(RuleBasedStateMachine):
 
     # What must hold
 
-    def nobody_else_trains(self, worker: WorkerProcess, adapter_uid: str) -> None:
-        for other in self.workers.values():
-            there = self.api.objects.get((Kind.POD, HOME, other.name))
-            if other is worker or not other.alive or there is None:
-                continue  # dead, or fenced: what it trains cannot be reported
-            for uid, (attempt, _, on) in other.training.items():
-                if on != adapter_uid:
-                    continue
-                raw = next((r for r in self.requests() if r["metadata"]["uid"] == uid), None)
-                wanted = raw is not None and raw["status"].get("attempt") == attempt and not ended(raw)
-                assert not wanted, f"{worker.name} and {other.name} train {adapter_uid} at the same time"
+    def nothing_else_trains(self, request_uid: str, adapter_uid: str) -> None:
+        for worker in self.workers.values():
+            there = self.api.objects.get((Kind.POD, HOME, worker.name))
+            if not worker.alive or there is None:
+                continue  # dead, or its Pod was taken away: what it trains cannot be reported
+            for uid, (_, _, on) in worker.training.items():
+                assert on != adapter_uid, f"{uid} and {request_uid} train {adapter_uid} at the same time"
 
     @invariant()
     def heads_move_once_and_in_a_line(self) -> None:
@@ -516,8 +514,8 @@ WEIGHTS = {
     "worker_breaks": 3,
     "time_passes": 6,
     "user_creates": 4,
-    "user_cancels": 1,
-    "user_deletes": 1,
+    "user_cancels": 2,
+    "user_deletes": 2,
     "user_recreates_adapter": 1,
 }
 
@@ -547,8 +545,8 @@ def walk(seed: int) -> list[str]:
         "worker_breaks": lambda: {"i": dice.randrange(6), "how": dice.choice(BREAKS)},
         "time_passes": lambda: {"seconds": dice.choice([0.5, 0.5, 5, 20, 40])},
         "user_creates": lambda: {"on": dice.choice(targets), "backoff": dice.choice([0, 3, 10])},
-        "user_cancels": lambda: {"i": dice.randint(1, MAX_REQUESTS)},
-        "user_deletes": lambda: {"i": dice.randint(1, MAX_REQUESTS)},
+        "user_cancels": lambda: {"i": dice.randrange(MAX_REQUESTS)},
+        "user_deletes": lambda: {"i": dice.randrange(MAX_REQUESTS)},
         "user_recreates_adapter": lambda: {"name": dice.choice(ADAPTERS), "ready": dice.random() < 0.5},
     }
     names_, weights = list(WEIGHTS), list(WEIGHTS.values())

@@ -237,6 +237,18 @@ def test_a_lock_is_kept_while_a_living_worker_lists_its_holder() -> None:
     assert about(decide(held, pod(WORKER, phase="Failed"), listing), Free), "its Pod has ended"
 
 
+def test_a_stranger_s_lease_or_job_means_nothing() -> None:
+    """Another tenant may label what it likes in its own namespace."""
+    held = adapter(status={"active": active("r")})
+    theirs = [pod(WORKER, namespace="mallory"), lease(WORKER, running="uid-r", namespace="mallory")]
+    assert about(decide(held, *theirs), Free)
+    answer = answer_pod(CREATE, GOOD)
+    answer["metadata"]["namespace"] = "mallory"
+    made = decide(adapter(head=0), create_job(namespace="mallory"), answer)
+    assert not about(made, Fold)
+    assert about(made, StartJob)
+
+
 def test_a_lock_is_kept_for_an_object_that_only_cannot_be_read() -> None:
     held = adapter(status={"active": active("r")})
     seen = snapshot(held)

@@ -122,7 +122,7 @@ def test_oracle_9_one_pass_is_many_micro_batches_is_permuted(
     monkeypatch.setenv("CLAAS_FILE_ROOTS", str(tmp_path))
     samples = [SAMPLE, SHORT, FRENCH, SHORT | {"prompt": "What is two and two?"}]
     learned, sizes = [], []
-    for name, limit, order in (("one", 10_000, 1), ("each", 1, 1), ("permuted", 400, -1)):
+    for name, limit, order in (("one", 10_000, 1), ("each", 1, 1), ("permuted", 150, -1)):
         monkeypatch.setattr(student, "_micro_batch_tokens", limit)
         trainee = Trainee(student, tmp_path)
         # Trained parents, so that the anchor has something to hold; the same for all.
@@ -278,7 +278,8 @@ def test_no_feedback_in_mode_self_is_no_signal(trainee: Trainee) -> None:
     result = trainee.run(uri, [{key: SAMPLE[key] for key in ("prompt", "response")}])
     assert (result.outcome, result.reason, result.lora_uri) == ("NoSignal", "NoSignal", uri)
     assert result.metadata is not None
-    assert (result.metadata.jsd, result.metadata.update_norm, result.metadata.optimizer_step) == (0.0, 0.0, 0)
+    assert result.metadata.jsd == pytest.approx(0, abs=1e-9)
+    assert (result.metadata.update_norm, result.metadata.optimizer_step) == (0.0, 0)
     assert trainee.versions() == ["a"]
     assert "Saving" not in trainee.phases
 
@@ -466,7 +467,7 @@ def test_support_student_needs_a_teacher_that_can(trainee: Trainee) -> None:
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
         ({"target_modules": ["no_such_layer"]}, "no_such_layer"),
-        ({"target_modules": ["q_proj"]}, "k_proj.*no target"),
+        ({"target_modules": ["q_proj"]}, "down_proj.*no target"),
         ({"r": 8}, "shape"),
     ],
 )
@@ -502,4 +503,4 @@ def test_a_version_of_another_base_model_is_refused(trainee: Trainee) -> None:
     foreign = write_version(uri, version.config, version.tensors, None, Manifest(base_model="another/model"))
     with pytest.raises(errors.AdapterInvalid, match="another/model") as caught:
         trainee.run(foreign.uri)
-    assert failure(caught.value, 1).reason is Reason.ADAPTER_INVALID
+    assert failure(caught.value, 1).reason == Reason.ADAPTER_INVALID

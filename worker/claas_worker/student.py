@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from claas_teacher.fingerprint import fingerprint
 from claas_worker.errors import AdapterInvalid
+from claas_worker.job import Unfit
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Student:
         self.device = self.head.device
         self._micro_batch_tokens = micro_batch_tokens
         self._head_name = next(n for n, module in model.named_modules() if module is model.get_output_embeddings())
-        self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._modules = dict(model.named_modules())
 
     @classmethod
     def load(
@@ -208,7 +209,8 @@ class Student:
             raise AdapterInvalid(f"adapter_config.json does not fit the base model: {error}") from error
         wrapped = {name: m for name, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)}
         for name, layer in wrapped.items():
-            if name not in self._linears or name == self._head_name or not isinstance(layer, LoraLayer):
+            linear = isinstance(layer, LoraLayer) and isinstance(self._modules[name], nn.Linear)
+            if not linear or name == self._head_name:
                 raise AdapterInvalid(f"adapter_config.json: target_modules match {name}, which cannot be trained here")
         places = {
             f"{PREFIX}{name}.lora_{side}.weight": (layer, f"lora_{side}")
@@ -238,18 +240,16 @@ class Student:
         return Adapter(config, parameters, list(wrapped.values()))
 
     def _restore(self) -> None:
-        """Puts every linear layer of the base back into its place."""
-        for name, linear in self._linears.items():
+        """Puts every module of the base back into its place."""
+        wrapped = [name for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
+        for name in wrapped:
             parent, _, leaf = name.rpartition(".")
-            owner = self.model.get_submodule(parent)
-            if getattr(owner, leaf) is not linear:
-                setattr(owner, leaf, linear)
+            setattr(self.model.get_submodule(parent), leaf, self._modules[name])
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
-        strange = [name for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
-        if strange:
-            raise RuntimeError(f"an adapter stayed in {strange[0]}")
         self.model.requires_grad_(False)
+        if dict(self.model.named_modules()) != self._modules:
+            raise Unfit("an adapter could not be taken out of the base model")
 
 
 def lora_config(config: Mapping[str, Any], base_model: str = "") -> LoraConfig:
