@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubectl import CommandFailed, Kubectl
 
 from cluster import images, nodes
 from cluster.layout import NODES, Layout
 from cluster.nodes import Cluster
 from cluster.process import wait_for
 from cluster.programs import PAUSE_IMAGE, PAUSE_TAR
+from kubectl import CommandFailed, Kubectl
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]
 

@@ -10,11 +10,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from kubectl import CommandFailed, Kubectl
 
 from cluster import programs
 from cluster.controlplane import ControlPlane
 from cluster.process import wait_for
+from kubectl import CommandFailed, Kubectl
 
 pytestmark = pytest.mark.controlplane
 
