@@ -109,7 +109,8 @@ def checkout_environment() -> Path:
             script = VENV / "bin" / name
             script.write_text(f'#!/bin/sh\nexec "{python}" -m {name} "$@"\n')
             script.chmod(0o755)
-        (VENV / "bin" / "ruff").symlink_to(packages.parents[2] / "bin" / "ruff")
+        for program in ("ruff", "weed"):  # not Python: they run from anywhere
+            (VENV / "bin" / program).symlink_to(packages.parents[2] / "bin" / program)
         stamp.write_text(key)
     return python
 

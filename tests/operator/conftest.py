@@ -32,3 +32,10 @@ def unused_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
     return port
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """An API server of its own: the operator's tests play every Pod and read every event."""
+    with ControlPlane(tmp_path_factory.mktemp("control-plane")) as own:
+        yield own

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import models
 from claas_crds import names
 from claas_crds.request import Result
 from cluster.controlplane import ControlPlane
 from operatorstage import apply_crds
-from workerstage import WAIT_SECONDS, Gate, WorkerStage
+from workerstage import REAL, WAIT_SECONDS, Gate, WorkerStage
 
 pytestmark = pytest.mark.controlplane
 
@@ -76,8 +77,6 @@ def test_the_lease_is_the_pods_and_is_renewed(stage: WorkerStage) -> None:
 
 def test_the_lease_says_starting_before_the_model_is_loaded(stage: WorkerStage) -> None:
     """An empty folder is no model: the real worker fails there, after its Lease was seen."""
-    from workerstage import REAL
-
     process = stage.start(REAL)
     stage.wait_state(names.STATE_STARTING)
     assert stage.wait_exit(process, 60) != 0
@@ -117,6 +116,27 @@ def test_a_request_that_moved_on_is_not_claimed(stage: WorkerStage) -> None:
     assert stage.wait_result(later)["outcome"] == "Succeeded"
     for name in (moved, ended):
         assert not {"claim", "result", "progress"} & stage.status(name).keys()
+
+
+def test_a_request_that_was_moved_away_and_back_is_run(stage: WorkerStage) -> None:
+    """The same attempt, bound a second time here after the first claim was refused."""
+    gate = Gate(stage.folder)
+    ready(stage)
+    busy = stage.bound("hold")
+    stage.wait("the claim", lambda: "claim" in stage.status(busy))
+    name = stage.bound()
+    stage.bind(name, worker="another")
+    gate.open()
+    stage.wait_result(stage.bound())  # by now the claim of the moved one was refused
+    stage.bind(name)
+    assert stage.wait_result(name)["attempt"] == 1
+
+
+def test_sigterm_while_the_model_loads_ends_the_worker(stage: WorkerStage) -> None:
+    process = stage.start(REAL, MODEL_PATH=str(models.tiny_qwen_dir()))
+    stage.wait_state(names.STATE_STARTING)
+    process.send_signal(signal.SIGTERM)
+    assert stage.wait_exit(process, 10) == 0
 
 
 def test_a_result_of_an_attempt_that_moved_on_is_not_written(stage: WorkerStage) -> None:

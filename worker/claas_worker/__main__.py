@@ -38,10 +38,9 @@ def _run_agent(step: config.StepSettings, agent: config.AgentSettings) -> int:
     from claas_worker.lease import WorkerLease
 
     client = connect()
-    lease = WorkerLease(client, agent)
+    requests = Requests(client, agent.pod_name, agent.watch_namespace)
     try:
-        lease.start()
-        Agent(Requests(client, agent.pod_name, agent.watch_namespace), lease, agent).run(lambda: load_step(step))
+        Agent(requests, WorkerLease(client, agent), agent).run(lambda: load_step(step))
     except Unreachable as error:
         log.error("the api server is out of reach", extra={"what": str(error)})
         return 1

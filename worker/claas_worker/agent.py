@@ -20,13 +20,12 @@ from typing import Any
 
 import urllib3
 from kubernetes.client import ApiException
-from pydantic import ValidationError
 
 from claas_crds import names
 from claas_crds.request import Result
 from claas_worker.api import CLAIM_LIMIT_SECONDS, Gone, Lost, Requests, Unreachable, backoff_seconds, retrying
 from claas_worker.config import AgentSettings
-from claas_worker.job import Bound, Step, Unfit, failure, place
+from claas_worker.job import PHASES, Bound, Step, Unfit, failure, place
 from claas_worker.lease import WorkerLease
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ class Agent:
 
     Args:
         requests: the API server's side.
-        lease: started already, in state Starting.
+        lease: not started yet.
         settings: linger, maximum and patience for the first request.
     """
 
@@ -52,7 +51,7 @@ class Agent:
         self._stopping = False  # SIGTERM: nothing more is started
         self._draining = False
         self._loading = False
-        self._seen: dict[tuple[str, int], None] = {}  # attempts that were run or refused, oldest first
+        self._run_before: dict[tuple[str, int], None] = {}  # attempts that were claimed here, oldest first
         self._served = 0
         self._progress = Progress(requests)
 
@@ -65,18 +64,19 @@ class Agent:
             raise SystemExit(0)
 
     def run(self, load: Callable[[], Step]) -> None:
-        """Loads the step (seconds), shows Ready, serves, drains, returns.
+        """Shows Starting, loads the step (seconds), shows Ready, serves, drains, returns.
 
         Raises:
-            Unreachable: the API server did not take a result for minutes. The process should end: the request runs
-                again, and a version that was written is adopted.
+            Unreachable: no API server at the start, or none that took a result for minutes. The process should end:
+                the request runs again, and a version that was written is adopted.
             SystemExit: told to stop while loading.
         """
         threading.excepthook = _end_process
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self.stop)
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._loading = True
+        self._lease.start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         step = load()
         self._loading = False
         if not self._stopping:
@@ -105,17 +105,19 @@ class Agent:
         """Shows Draining, then runs what was bound before that was seen, unless told to stop."""
         self._draining = True
         self._lease.set_state(names.STATE_DRAINING)
+        tried: set[tuple[str, int]] = set()
         while not self._stopping:
             bound, _ = retrying("list requests", self._requests.bound, CLAIM_LIMIT_SECONDS)
-            new = [request for request in bound if self._is_new(request)]
+            new = [request for request in bound if self._is_new(request) and request.key not in tried]
             if not new:
                 return
             for request in new:
+                tried.add(request.key)
                 if not self._stopping:
                     self._run_one(request, step)
 
     def _is_new(self, request: Bound) -> bool:
-        return request.key not in self._seen and request.claimable(self._requests.worker)
+        return request.key not in self._run_before and request.claimable(self._requests.worker)
 
     def _run_one(self, request: Bound, step: Step) -> bool:
         """Announce, claim, run, report, leave; whether it was claimed.
@@ -125,9 +127,6 @@ class Agent:
         """
         if not self._is_new(request):
             return False
-        self._seen[request.key] = None
-        if len(self._seen) > REMEMBERED:
-            del self._seen[next(iter(self._seen))]
         who = {"uid": request.uid, "request": f"{request.namespace}/{request.name}", "attempt": request.attempt}
         try:
             try:
@@ -138,10 +137,12 @@ class Agent:
                 return False
             except Unreachable as error:
                 log.warning("not claimed yet", extra=who | {"why": str(error)})
-                del self._seen[request.key]
                 self._inbox.put(request)  # the operator moves it elsewhere, or we try again
                 return False
             log.info("claimed", extra=who)
+            self._run_before[request.key] = None
+            if len(self._run_before) > REMEMBERED:
+                del self._run_before[next(iter(self._run_before))]
             self._served += 1
             if self._served >= self._settings.max_requests and not self._draining:
                 self._draining = True
@@ -165,8 +166,6 @@ class Agent:
         self._progress.begin(request)
         try:
             return step(request.job(), self._progress.phase)
-        except ValidationError as error:
-            return failure(error, request.attempt)
         except Exception as error:
             log.exception("attempt failed", extra=who)
             self._stopping = self._stopping or isinstance(error, Unfit | MemoryError)
@@ -218,7 +217,7 @@ class Progress:
     def begin(self, request: Bound) -> None:
         """An attempt was claimed; the claim itself showed the first phase."""
         with self._change:
-            self._request, self._phase, self._written = request, "", ""
+            self._request, self._phase, self._written = request, PHASES[0], PHASES[0]
             self._not_before = monotonic() + PROGRESS_SECONDS
 
     def phase(self, phase: str) -> None:

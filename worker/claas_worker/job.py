@@ -29,8 +29,11 @@ class Unfit(Exception):
 class InvalidSpec(Exception):
     """The spec asks for what no worker of this release can do; the message names the field."""
 
-    reason = Reason.INVALID_SPEC
     retryable = False
+
+    def __init__(self, message: str, reason: Reason = Reason.INVALID_SPEC) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -107,17 +110,25 @@ class Bound:
         """The whole request, validated.
 
         Raises:
-            pydantic.ValidationError: the stored spec or parent does not fit this release's schema.
+            InvalidSpec: the stored spec or parent does not fit this release's schema.
         """
         status = self.manifest.get("status") or {}
+        try:
+            spec = DistillRequestSpec.model_validate(self.manifest["spec"])
+        except ValidationError as error:
+            raise InvalidSpec(explain(error), refusal(error)) from None
+        try:
+            parent = Parent.model_validate(status.get("parent") or {})
+        except ValidationError as error:
+            raise InvalidSpec(explain(error, "status.parent")) from None
         return Job(
             uid=self.uid,
             name=self.name,
             namespace=self.namespace,
             created=self.manifest["metadata"]["creationTimestamp"],
             attempt=self.attempt,
-            parent=Parent.model_validate(status.get("parent") or {}),
-            spec=DistillRequestSpec.model_validate(self.manifest["spec"]),
+            parent=parent,
+            spec=spec,
         )
 
 
@@ -129,9 +140,7 @@ def now() -> str:
 def failure(error: BaseException, attempt: int) -> Result:
     """The result of an attempt that raised. Errors with a `reason` are ours, and their messages are safe to show; all
     others become InternalError by type and place alone, because their messages may quote a sample."""
-    if isinstance(error, ValidationError):
-        reason, message, retryable = refusal(error), explain(error), False
-    elif (known := getattr(error, "reason", None)) is not None and str(known) in set(Reason):
+    if (known := getattr(error, "reason", None)) is not None and str(known) in set(Reason):
         reason, message, retryable = Reason(str(known)), str(error), bool(getattr(error, "retryable", False))
     else:
         reason, message, retryable = Reason.INTERNAL_ERROR, f"{describe(Reason.INTERNAL_ERROR)} ({place(error)})", False

@@ -237,7 +237,8 @@ class TrainingStep:
                         hidden, base, lm_head_weight=student.head, total_tokens=total_tokens
                     )
                     losses.append(anchor)
-                    numbers.append({"anchor": float(anchor), "total_loss": float(anchor)})
+                    value = float(anchor.detach())
+                    numbers.append({"anchor": value, "total_loss": value})
                 if training.inner_steps > 1:
                     snapshot[index] = logprobs_from_hidden(hidden.detach(), student.head, item.response_ids)
             torch.stack(losses).sum().backward()
