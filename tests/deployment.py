@@ -138,8 +138,9 @@ def install(cluster: Cluster, *, given: bool, full: bool = False) -> Deployment:
 def uninstall(deployment: Deployment) -> None:
     """`helm uninstall`, and wait until no Pod and no Job of the release is left."""
     deployment.kubectl.helm("uninstall", RELEASE, "-n", NAMESPACE, "--wait")
-    deployment.kubectl("wait", "pod,job", "-n", NAMESPACE, "-l", f"app.kubernetes.io/instance={RELEASE}", "--for=delete",
-                       "--timeout=120s", seconds=130)  # fmt: skip
+    ours = f"app.kubernetes.io/instance={RELEASE}"
+    wait = ("wait", "pod,job", "-n", NAMESPACE, "-l", ours, "--for=delete", "--timeout=120s")
+    deployment.kubectl(*wait, seconds=130)
 
 
 def _given_values() -> dict[str, Any]:
