@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 import images
+
+# libgomp's barriers spin by default: where the cores are shared, a step of a second takes ten.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 pytest_plugins = ["cluster.fixtures", "objectstore", "vllmserver"]
 
