@@ -38,6 +38,14 @@ test-images: python ## build the full images, import them and run one request on
 unit: env ## the tests that need no cluster, no vLLM and no images (a minute)
 	$(PY) -m pytest tests -q -m "not controlplane and not vllm and not cluster and not e2e and not images"
 
+.PHONY: mutations
+mutations: env ## break every formula of the loss, one at a time, and see a test fail (minutes)
+	$(PY) tests/worker/mutations.py
+
+.PHONY: docs
+docs: env ## draw the plots of docs/
+	$(PY) docs/alpha.py
+
 .PHONY: lint
 lint: env ## ruff, mypy --strict, import-linter, generated files
 	$(PY) -m ruff check .

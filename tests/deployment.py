@@ -136,10 +136,10 @@ def install(cluster: Cluster, *, given: bool, full: bool = False) -> Deployment:
 
 
 def uninstall(deployment: Deployment) -> None:
-    """`helm uninstall`, and wait until no Pod and no Job of the release is left."""
+    """`helm uninstall`, and wait until no Pod, Job or Lease of the release is left."""
     deployment.kubectl.helm("uninstall", RELEASE, "-n", NAMESPACE, "--wait")
     ours = f"app.kubernetes.io/instance={RELEASE}"
-    wait = ("wait", "pod,job", "-n", NAMESPACE, "-l", ours, "--for=delete", "--timeout=120s")
+    wait = ("wait", "pod,job,lease", "-n", NAMESPACE, "-l", ours, "--for=delete", "--timeout=120s")
     deployment.kubectl(*wait, seconds=130)
 
 

@@ -149,8 +149,13 @@ def _job(
     settings: Settings, name: str, namespace: str, labels: dict[str, str], spec: Manifest, owner_uid: str | None
 ) -> Manifest:
     metadata: Manifest = {"name": name, "namespace": namespace, "labels": labels}
-    if settings.owner and owner_uid and namespace == settings.namespace:
-        metadata["ownerReferences"] = [
-            {"apiVersion": "apps/v1", "kind": "Deployment", "name": settings.owner.deployment, "uid": owner_uid}
-        ]
+    if namespace == settings.namespace and (owners := owner_references(settings, owner_uid)):
+        metadata["ownerReferences"] = owners
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def owner_references(settings: Settings, owner_uid: str | None) -> list[Manifest]:
+    """What makes an object go with the operator's Deployment, of its namespace; empty while that is unknown."""
+    if settings.owner is None or owner_uid is None:
+        return []
+    return [{"apiVersion": "apps/v1", "kind": "Deployment", "name": settings.owner.deployment, "uid": owner_uid}]

@@ -33,10 +33,17 @@ class Leader:
 
     Args:
         changed: called when leadership was won or lost, and when contact with the API server was lost or found.
+        owners: the Lease's ownerReferences as far as they are known by now; asked at each write.
     """
 
-    def __init__(self, api: Api, settings: Settings, changed: Callable[[], None]) -> None:
-        self._api, self._changed = api, changed
+    def __init__(
+        self,
+        api: Api,
+        settings: Settings,
+        changed: Callable[[], None],
+        owners: Callable[[], list[dict[str, Any]]],
+    ) -> None:
+        self._api, self._changed, self._owners = api, changed, owners
         self._namespace, self._name = settings.namespace, f"{settings.instance}-operator"
         self._labels = {names.INSTANCE_LABEL: settings.instance, names.COMPONENT_LABEL: "operator"}
         self._duration = settings.timings.leader_lease_seconds
@@ -104,17 +111,19 @@ class Leader:
             "renewTime": now,
         }
         path = self._api.path(Kind.LEASE, self._namespace)
+        owners = self._owners()
+        owned: dict[str, Any] = {"ownerReferences": owners} if owners else {}
         try:
             if lease is None:
                 spec |= {"acquireTime": now, "leaseTransitions": 0}
-                metadata = {"name": self._name, "namespace": self._namespace, "labels": self._labels}
+                metadata = {"name": self._name, "namespace": self._namespace, "labels": self._labels, **owned}
                 body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
                 answer = await self._api.create(path, body)
             else:
                 before = lease.get("spec") or {}
                 if before.get("holderIdentity") != self.identity:
                     spec |= {"acquireTime": now, "leaseTransitions": int(before.get("leaseTransitions") or 0) + 1}
-                metadata = {"resourceVersion": lease["metadata"]["resourceVersion"]}
+                metadata = {"resourceVersion": lease["metadata"]["resourceVersion"], **owned}
                 answer = await self._api.merge(f"{path}/{self._name}", {"metadata": metadata, "spec": spec})
         except ApiException as error:
             if error.status in (HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND):

@@ -20,6 +20,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from claas_operator.actions import Action, Bind, Commit, End, Fence, Lock
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.apply import Apply, Lost
+from claas_operator.jobs import owner_references
 from claas_operator.leader import Leader
 from claas_operator.plan import plan
 from claas_operator.relist import relist, selectors
@@ -59,7 +60,9 @@ class Loop:
         self._skipped: dict[str, int] = {}  # uid and resourceVersion that were complained about
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._beat = 0.0
-        self.leader = Leader(api, settings, self._leadership_changed)
+        self.leader = Leader(
+            api, settings, self._leadership_changed, lambda: owner_references(settings, self.snapshot.owner_uid)
+        )
         self._apply = Apply(api, self.snapshot, settings, self._acting)
         self._probe = TeacherProbe(settings.teacher) if settings.teacher else None
 

@@ -20,7 +20,7 @@ def test_user_uninstalls_and_finds_the_adapters_untouched(installed: Deployment,
     before = story.complete(installed, f"{name}-1")["status"]
 
     deployment.uninstall(installed)
-    assert installed.kubectl("get", "job,pod,deploy", "-n", NAMESPACE, "-o", "name").split() == []
+    assert installed.kubectl("get", "job,pod,deploy,lease", "-n", NAMESPACE, "-o", "name").split() == []
     left = installed.kubectl.get("la,dr", "-n", USER)
     assert left, "the user's objects stay"
     assert [found["metadata"]["name"] for found in left if found["metadata"].get("finalizers")] == []

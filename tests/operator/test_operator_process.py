@@ -155,6 +155,22 @@ def test_of_two_operators_one_acts_and_the_other_takes_over(stage: Stage) -> Non
     assert time.monotonic() - told < 3, "a leader that is told to go gives its Lease back"
 
 
+def test_the_leaders_lease_goes_with_the_deployment(stage: Stage) -> None:
+    deployments = f"/apis/apps/v1/namespaces/{stage.home}/deployments"
+    labels = {"app": "operator"}
+    pod = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "operator", "image": "none"}]}}
+    spec = {"replicas": 0, "selector": {"matchLabels": labels}, "template": pod}
+    owner = stage.api("POST", deployments, {"metadata": {"name": "claas-operator"}, "spec": spec})["metadata"]["uid"]
+    stage.start_operator(stage.settings(owner={"deployment": "claas-operator"}))
+    lease = f"/apis/coordination.k8s.io/v1/namespaces/{stage.home}/leases/{stage.instance}-operator"
+
+    def owners() -> list[str]:
+        found = stage.api.get(lease) or {"metadata": {}}
+        return [reference["uid"] for reference in found["metadata"].get("ownerReferences", [])]
+
+    stage.wait("the Lease to be the Deployment's", lambda: owners() == [owner])
+
+
 def test_a_request_waits_for_the_teacher_and_goes_on(stage: Stage) -> None:
     with TeacherServer() as teacher:
         stage.start_operator(stage.settings(teacher={"url": teacher.url}))

@@ -12,6 +12,7 @@ import models
 from claas_worker.errors import LogprobLengthMismatch, NonFiniteInput
 from claas_worker.job import InvalidSpec
 from claas_worker.provided import Scored, TokenTexts, parse
+from payloads import SHAPES, Row
 
 RESPONSE = "def add(a, b):\n    return a + b 🎒"
 
@@ -47,53 +48,29 @@ def word(tokenizer: Any, token: int) -> str:
     return str(tokenizer.decode([token]))
 
 
-# The four shapes, of one and the same teacher: -0.1 t for the response's tokens, -3 for the id 1000.
-
-
-def floats(ids: list[int]) -> list[float]:
+def chosen(ids: list[int]) -> list[float]:
     return [-0.1 * t for t in range(len(ids))]
 
 
-def vllm(ids: list[int]) -> list[Any]:
-    return [
-        {str(i): {"logprob": -0.1 * t, "rank": 1, "decoded_token": "?"}, "1000": {"logprob": -3.0, "rank": 2}}
-        for t, i in enumerate(ids)
-    ]
+def rows_of(ids: list[int]) -> list[Row]:
+    """One and the same teacher for every shape: -0.1 t for the response's tokens, -3 for the id 1000."""
+    return [Row(token, -0.1 * t, {1000: -3.0}) for t, token in enumerate(ids)]
 
 
-def legacy(ids: list[int], tokenizer: Any) -> dict[str, Any]:
-    return {
-        "tokens": [word(tokenizer, i) for i in ids],
-        "token_logprobs": floats(ids),
-        "top_logprobs": [{word(tokenizer, i): -0.1 * t, word(tokenizer, 1000): -3.0} for t, i in enumerate(ids)],
-        "text_offset": list(range(len(ids))),
-    }
-
-
-def fireworks(ids: list[int], tokenizer: Any) -> dict[str, Any]:
-    content = [
-        {
-            "token": word(tokenizer, i),
-            "token_id": i,
-            "logprob": -0.1 * t,
-            "top_logprobs": [{"token": word(tokenizer, 1000), "token_id": 1000, "logprob": -3.0}],
-        }
-        for t, i in enumerate(ids)
-    ]
-    return {"token_ids": list(ids), "content": content}
+def payload_of(shape: str, ids: list[int], tokenizer: Any) -> Any:
+    return SHAPES[shape](rows_of(ids), tokenizer)
 
 
 def test_floats_are_the_chosen_tokens_alone(ids: list[int], texts: TokenTexts) -> None:
-    scored = read(floats(ids), ids, texts)
+    scored = read(chosen(ids), ids, texts)
     assert scored.chosen_only
     assert scored.support_ids.squeeze(1).tolist() == ids
-    torch.testing.assert_close(scored.logprobs.squeeze(1), torch.tensor(floats(ids)))
+    torch.testing.assert_close(scored.logprobs.squeeze(1), torch.tensor(chosen(ids)))
 
 
 @pytest.mark.parametrize("shape", ["vllm", "legacy", "fireworks"])
 def test_the_other_shapes_say_the_same(ids: list[int], texts: TokenTexts, tokenizer: Any, shape: str) -> None:
-    payload = {"vllm": vllm(ids), "legacy": legacy(ids, tokenizer), "fireworks": fireworks(ids, tokenizer)}[shape]
-    scored = read(payload, ids, texts)
+    scored = read(payload_of(shape, ids, tokenizer), ids, texts)
     assert not scored.chosen_only
     for t, token in enumerate(ids):
         assert row(scored, t) == {token: -0.1 * t, 1000: -3.0}
@@ -101,11 +78,11 @@ def test_the_other_shapes_say_the_same(ids: list[int], texts: TokenTexts, tokeni
 
 def test_ids_win_over_text(ids: list[int], texts: TokenTexts, tokenizer: Any) -> None:
     """Wrong words beside right ids; the other way round, a wrong id beside the right word is refused."""
-    payload = fireworks(ids, tokenizer)
+    payload = payload_of("fireworks", ids, tokenizer)
     for entry in payload["content"]:
         entry["token"] = "wombat"
     assert row(read(payload, ids, texts), 3) == {ids[3]: -0.3, 1000: -3.0}
-    payload = fireworks([ids[0] + 1, *ids[1:]], tokenizer)
+    payload = payload_of("fireworks", [ids[0] + 1, *ids[1:]], tokenizer)
     payload["content"][0]["token"] = word(tokenizer, ids[0])
     with pytest.raises(LogprobLengthMismatch, match="position 0"):
         read(payload, ids, texts)
@@ -119,8 +96,7 @@ def test_an_echo_of_prompt_and_response_is_cut(
     """With the prompt before, and a generated token behind, as servers answer that must generate one."""
     prompt = tokenizer("Write add.")["input_ids"]
     everything = [*prompt, *ids, *([1000] * after)]
-    make = {"vllm": lambda: vllm(everything)}
-    payload: Any = make[shape]() if shape in make else globals()[shape](everything, tokenizer)
+    payload = payload_of(shape, everything, tokenizer)
     if shape == "vllm":
         payload[0] = None
         payload = {"prompt_logprobs": payload}
@@ -132,14 +108,14 @@ def test_an_echo_of_prompt_and_response_is_cut(
 
 
 def test_a_truncated_responses_head_is_taken(ids: list[int], texts: TokenTexts, tokenizer: Any) -> None:
-    for payload in (floats(ids), vllm(ids), legacy(ids, tokenizer), fireworks(ids, tokenizer)):
+    for payload in (payload_of(shape, ids, tokenizer) for shape in SHAPES):
         scored = read(payload, ids[:4], texts, dropped=len(ids) - 4)
         assert [row(scored, t)[token] for t, token in enumerate(ids[:4])] == pytest.approx([0, -0.1, -0.2, -0.3])
 
 
 @pytest.mark.parametrize("extra", [-1, 1])
 def test_too_few_or_too_many_tokens_are_refused(ids: list[int], texts: TokenTexts, extra: int) -> None:
-    payload = floats(ids)[:-1] if extra < 0 else [*floats(ids), -1.0]
+    payload = chosen(ids)[:-1] if extra < 0 else [*chosen(ids), -1.0]
     with pytest.raises(LogprobLengthMismatch, match=f"{len(payload)} .* {len(ids)} tokens") as caught:
         read(payload, ids, texts)
     assert ("end-of-turn" in str(caught.value)) == (extra < 0)
@@ -147,15 +123,17 @@ def test_too_few_or_too_many_tokens_are_refused(ids: list[int], texts: TokenText
 
 def test_another_responses_logprobs_are_refused(ids: list[int], texts: TokenTexts, tokenizer: Any) -> None:
     other = [*ids[:2], 1000, *ids[3:]]
-    for payload in (vllm([*ids[:2], 999, *ids[3:]]), legacy(other, tokenizer), fireworks(other, tokenizer)):
+    for payload in (payload_of(shape, other, tokenizer) for shape in ("legacy", "fireworks")):
         with pytest.raises(LogprobLengthMismatch, match="position 2"):
             read(payload, ids, texts)
+    with pytest.raises(LogprobLengthMismatch, match="position 2"):
+        read(payload_of("vllm", [*ids[:2], 999, *ids[3:]], tokenizer), ids, texts)
 
 
 def test_texts_that_are_no_single_id_leave_their_mass_to_the_tail(
     ids: list[int], texts: TokenTexts, tokenizer: Any
 ) -> None:
-    payload = legacy(ids, tokenizer)
+    payload = payload_of("legacy", ids, tokenizer)
     payload["top_logprobs"][0] = {"two words at once": -0.5, "bytes:\\xf0": -1.0, "token_id:77": -2.0}
     assert row(read(payload, ids, texts), 0) == {ids[0]: 0.0, 77: -2.0}
 
@@ -171,14 +149,17 @@ def test_texts_that_are_no_single_id_leave_their_mass_to_the_tail(
         (True, InvalidSpec),
     ],
 )
-def test_what_is_no_logprob_is_refused(ids: list[int], texts: TokenTexts, value: Any, error: type[Exception]) -> None:
-    for payload in ([value, *floats(ids)[1:]], [{str(ids[0]): {"logprob": value}}, *vllm(ids)[1:]]):
+def test_what_is_no_logprob_is_refused(
+    ids: list[int], texts: TokenTexts, tokenizer: Any, value: Any, error: type[Exception]
+) -> None:
+    by_id = [{str(ids[0]): {"logprob": value}}, *payload_of("vllm", ids, tokenizer)[1:]]
+    for payload in ([value, *chosen(ids)[1:]], by_id):
         with pytest.raises(error, match=r"samples\[0\]"):
             read(payload, ids, texts)
 
 
-def test_minus_9999_is_no_mass(ids: list[int], texts: TokenTexts) -> None:
-    payload = vllm(ids)
+def test_minus_9999_is_no_mass(ids: list[int], texts: TokenTexts, tokenizer: Any) -> None:
+    payload = payload_of("vllm", ids, tokenizer)
     payload[0]["1000"]["logprob"] = -9999.0
     assert row(read(payload, ids, texts), 0)[1000] == -math.inf
 

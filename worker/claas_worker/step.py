@@ -125,9 +125,9 @@ class TrainingStep:
             tensors = adapter.tensors()
             templates = ",".join(sorted({one.template_id for one in rendered}))[:64]
             metadata = Metadata(
-                **numbers,
-                update_norm=_distance(tensors, parent.tensors),
-                effective_learning_rate=optimizer.learning_rate,
+                **{name: _seven_digits(value) for name, value in numbers.items()},
+                update_norm=_seven_digits(_distance(tensors, parent.tensors)),
+                effective_learning_rate=_seven_digits(optimizer.learning_rate),
                 optimizer_step=optimizer.step,
                 optimizer_state=optimizer.origin[:128],
                 old_logprobs_source=_ratio_source(items),
@@ -321,6 +321,11 @@ def _item(index: int, sample: Sample, rendered: Rendered, scored: Scored) -> Ite
         scored,
         rollout,
     )
+
+
+def _seven_digits(value: float) -> float:
+    """What fp32 resolves; more digits in a status would only be noise to read past."""
+    return value if isinstance(value, int) else float(f"{value:.7g}")
 
 
 def _ratio_source(items: Sequence[Item]) -> str:

@@ -1,0 +1,18 @@
+// CoreDNS with the plugins that the cluster's Corefile names: a fifth of the code to compile.
+package main
+
+import (
+	"github.com/coredns/coredns/core/dnsserver"
+	"github.com/coredns/coredns/coremain"
+	_ "github.com/coredns/coredns/plugin/bind"
+	_ "github.com/coredns/coredns/plugin/errors"
+	_ "github.com/coredns/coredns/plugin/kubernetes"
+)
+
+func init() {
+	dnsserver.Directives = []string{"bind", "errors", "kubernetes"}
+}
+
+func main() {
+	coremain.Run()
+}
