@@ -24,13 +24,13 @@ demo: python ## install into a real cluster and train an adapter, start to finis
 	@$(PY) tests/demo.py
 
 .PHONY: test
-test: python ## lint, unit, contract, control-plane, vLLM and end-to-end tests
+test: python ## lint, unit, contract, control-plane, vLLM and end-to-end tests; full images when they changed
 	@python3.11 tests/prepare.py --tests
 	@$(MAKE) --no-print-directory lint
-	$(PY) -m pytest tests -q $(if $(KUBECONFIG),,--require-all)
+	$(PY) -m pytest tests -q $(if $(KUBECONFIG),,--require-all --images)
 
 .PHONY: test-images
-test-images: python ## build the full images, import them and run one request on them (gigabytes, minutes; once per change)
+test-images: python ## the one test of the full images: build, import, run a request (gigabytes, minutes)
 	@python3.11 tests/prepare.py
 	$(PY) -m pytest tests/e2e -q -m images --images
 

@@ -31,7 +31,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Full images are built when asked for, and as often as what they are made of changes: gigabytes and minutes."""
+    """Full images are built by `make test`, but only as often as what they are made of changes: gigabytes, minutes."""
     if not config.getoption("--images") or images.verified().exists():
         chosen = [item for item in items if not item.get_closest_marker("images")]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

@@ -101,6 +101,7 @@ def story(where: Deployment) -> None:
     print(f"  the response as it was          {old[0]:10.3f} {new[0]:10.3f}")
     print(f"  the better one                  {old[1]:10.3f} {new[1]:10.3f}")
     check(new[1] > old[1], "the better response became likelier")
+    check(new[1] - old[1] > new[0] - old[0], "by more than the one that was criticised")
 
     second = step(where, "second-request.yaml", WARM_SECONDS)
     check(second["status"]["worker"] == first["status"]["worker"], "the same warm worker took it")

@@ -82,6 +82,8 @@ def environment_defaults(environment: Mapping[str, str], model: str | None, cpu:
     if cpu:
         wanted |= {
             "OMP_NUM_THREADS": str(cpus),
+            # Threads that spin at barriers for milliseconds starve a worker on the same cores.
+            "GOMP_SPINCOUNT": "1000",
             # vLLM would bind its threads to cores, one per physical core, whatever the quota and the neighbours.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             # One process less between the server and the model: 20 s of imports and 0.6 GB, at the same speed.
