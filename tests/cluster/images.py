@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import bootstrap
 from cluster import programs
 from cluster.process import ClusterError, run, run_with_progress, say
 
@@ -141,7 +142,7 @@ def build(
         ClusterError: a step failed; with the end of the build's output.
     """
     programs.ensure_packages(programs.IMAGE_PACKAGES)
-    log = programs.cache_dir() / f"build-{tag.rpartition('/')[2].replace(':', '-')}.log"
+    log = bootstrap.cache_dir() / f"build-{tag.rpartition('/')[2].replace(':', '-')}.log"
     log.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         command = ["buildah", "build", "--layers", "--pull-never", "--file", str(dockerfile), "--tag", tag]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from cluster import programs
+import bootstrap
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Layout:
                     f"CLAAS_CLUSTER_DIR={state}: must not lie in {masked}, which every node has its own of"
                 )
         name = hashlib.sha256(str(state).encode()).hexdigest()[:8]
-        return cls(state, programs.cache_dir() / f"nodes-{name}", program_folder, f"claas-{name}")
+        return cls(state, bootstrap.cache_dir() / f"nodes-{name}", program_folder, f"claas-{name}")
 
     def save(self) -> None:
         self.config.write_text(json.dumps({key: str(value) for key, value in asdict(self).items()}))

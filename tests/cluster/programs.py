@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bootstrap import cache_dir
 from cluster.process import ClusterError, file_lock, run, run_with_progress, say
 
 KUBERNETES = "1.36.3"
@@ -62,11 +63,6 @@ class Programs:
 
     node: Path
     tools: Path
-
-
-def cache_dir() -> Path:
-    """Where this module and ``images`` keep what is expensive to make again; safe to delete while no cluster runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "claas"
 
 
 def ensure() -> Programs:
