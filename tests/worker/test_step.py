@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,15 @@ from numpy.typing import NDArray
 
 import models
 from claas_crds.reasons import Reason
+from claas_crds.request import Result, Training
 from claas_store import uris
 from claas_store.errors import AlreadyExists, NotFound
 from claas_store.stores import open_store
-from claas_store.version import read_version
+from claas_store.version import read_version, write_version
 from claas_worker import errors
-from claas_worker.job import InvalidSpec, Unfit, failure
+from claas_worker.job import InvalidSpec, Job, Unfit, failure
 from claas_worker.render import Limits, render
+from claas_worker.sdpo import logprobs_from_hidden, sdpo_loss_from_hidden, topk_from_hidden
 from claas_worker.student import Student
 from trainee import FRENCH, SAMPLE, SHORT, Trainee, base_digest, tiny_student
 
@@ -162,37 +166,49 @@ def test_oracle_9_padding_changes_no_row(trainee: Trainee) -> None:
 # Oracle 10: state by name, resumed
 
 
-def test_oracle_10_two_requests_are_two_steps_in_one_process_bitwise(trainee: Trainee) -> None:
-    """The second process is a plain loop: torch's AdamW, warm-up and clipping written out here."""
-    from claas_worker.step import Training, _item
-
+def test_oracle_10_twenty_requests_are_twenty_steps_in_one_process_bitwise(trainee: Trainee) -> None:
+    """Each request loads its parent from the store and saves a version. The one process is plain PEFT: its forward
+    pass, and torch's AdamW, warm-up and clipping written out here."""
     uri = trainee.adapter("a")
-    start = read_version(uri)
-    requests = trainee.train(trainee.train(uri).uri)
+    requests = read_version(uri)
+    for _ in range(20):
+        requests = trainee.train(requests.uri, [SHORT])
 
-    training = Training()
-    with trainee.student.adapter(start.config, start.tensors) as adapter:
-        parameters = list(adapter.parameters.values())
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
-        for k in range(2):
-            job = trainee.job(uri)
-            sample = _sample(SAMPLE)
-            rendered = render(sample, trainee.student.tokenizer, Limits(1024, 512))
-            (scored,), _ = trainee.step._score(job, [sample], [rendered])
-            items = [_item(0, sample, rendered, scored)]
-            trainee.step._backward(items, [None], adapter, training, len(rendered.response_ids))
-            norm = float(
-                torch.stack([p.grad.double().square().sum() for p in parameters if p.grad is not None]).sum().sqrt()
-            )
-            if norm > training.max_grad_norm:
-                for parameter in parameters:
-                    assert parameter.grad is not None
-                    parameter.grad.mul_(training.max_grad_norm / norm)
-            optimizer.param_groups[0]["lr"] = 1e-4 * (k + 1) / 8
-            optimizer.step()
-            optimizer.zero_grad()
-        assert same(adapter.tensors(), requests.tensors)
-    assert requests.optimizer is not None and requests.optimizer.step == 2
+    student, training = trainee.student, Training()
+    adapted = peft.PeftModel.from_pretrained(
+        copy.deepcopy(student.model), uri.removeprefix("file://"), is_trainable=True
+    )
+    parameters = {
+        name.replace(".default", ""): parameter
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    in_order = [parameters[key] for key in sorted(parameters)]
+    rendered = render(_sample(SHORT), student.tokenizer, Limits(1024, 512))
+    response = torch.tensor(rendered.response_ids)
+
+    def hidden(prefix: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor([[*prefix, *rendered.response_ids][:-1]])
+        states: torch.Tensor = adapted.base_model.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return states[0, len(prefix) - 1 :]  # (N, d)
+
+    optimizer = torch.optim.AdamW(in_order, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
+    for k in range(20):
+        with torch.no_grad():
+            support, _ = topk_from_hidden(hidden(rendered.prefix_student_ids), student.head, training.teacher_top_k)
+            scores = logprobs_from_hidden(hidden(rendered.prefix_teacher_ids), student.head, support)
+        loss, _ = sdpo_loss_from_hidden(hidden(rendered.prefix_student_ids), student.head, response, support, scores)
+        loss.backward()
+        norm = float(torch.stack([p.grad.double().square().sum() for p in in_order if p.grad is not None]).sum().sqrt())
+        if norm > training.max_grad_norm:
+            for parameter in in_order:
+                assert parameter.grad is not None
+                parameter.grad.mul_(training.max_grad_norm / norm)
+        optimizer.param_groups[0]["lr"] = 1e-4 * min(1, (k + 1) / 8)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same({key: parameter.detach().numpy() for key, parameter in parameters.items()}, requests.tensors)
+    assert requests.optimizer is not None and requests.optimizer.step == 20
 
 
 def test_oracle_10_inner_steps_resume_where_requests_do(trainee: Trainee) -> None:
@@ -270,6 +286,135 @@ def test_oracle_11_an_adapter_does_not_inherit_the_last_ones_targets(student: St
     assert len(after.tensors) == 2 * 2 * student.model.config.num_hidden_layers
 
 
+# Oracle 11: a batched step is its single steps
+
+
+BATCH: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what each adapter is, and what its request asks for
+    ({"r": 16}, {"samples": [SAMPLE, SHORT]}),
+    ({"r": 2, "target_modules": ["q_proj", "v_proj"]}, {"samples": [FRENCH], "training": {"anchorKlWeight": 0.5}}),
+    ({"r": 32, "alpha": 8, "target_modules": ["down_proj"]}, {"samples": [SHORT], "training": {"innerSteps": 3}}),
+    (
+        {"r": 5, "target_modules": ["o_proj", "up_proj"]},
+        {"training": {"alpha": 1, "preset": "paper", "teacherTopK": 7}},
+    ),
+]
+
+
+def rounded_once(one: Tensors, other: Tensors) -> bool:
+    """Equal, but for the last bit of fp32: what is left of float64's rounding when it is stored."""
+    return one.keys() == other.keys() and all(np.allclose(one[key], other[key], rtol=2**-23, atol=1e-13) for key in one)
+
+
+def test_oracle_11_a_batched_step_is_its_single_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four adapters of different ranks, targets, options and numbers of samples; trained parents, so that no gradient
+    is zero; in float64, where another order of additions is not visible in what is stored."""
+    monkeypatch.setenv("CLAAS_FILE_ROOTS", str(tmp_path))
+    student = tiny_student()
+    student.model.double()
+    student.head = student.model.get_output_embeddings().weight
+    trainee = Trainee(student, tmp_path)
+    before = base_digest(student)
+    jobs = []
+    for number, (lora, spec) in enumerate(BATCH):
+        parent = trainee.train(trainee.adapter(f"a{number}", **lora), [SHORT], training={"learningRate": 0.01}).uri
+        jobs += [trainee.job(parent, **spec), trainee.job(parent, **spec)]
+    alone = [trainee.step(job, trainee.phases.append) for job in jobs[::2]]
+    together = trainee.step.batch([(job, trainee.phases.append) for job in jobs[1::2]])
+    for one, other in zip(alone, together, strict=True):
+        assert isinstance(other, Result) and other.metadata is not None and one.metadata is not None
+        assert one.outcome == other.outcome == "Succeeded"
+        for name, number in one.metadata.model_dump().items():
+            expected = pytest.approx(number, rel=2e-6, abs=1e-9) if isinstance(number, float) else number
+            assert other.metadata.model_dump()[name] == expected, name
+        single, batched = read_version(one.lora_uri), read_version(other.lora_uri)
+        assert rounded_once(batched.tensors, single.tensors)
+        assert single.optimizer is not None and batched.optimizer is not None
+        assert rounded_once(batched.optimizer.exp_avg, single.optimizer.exp_avg)
+        assert rounded_once(batched.optimizer.exp_avg_sq, single.optimizer.exp_avg_sq)
+    assert base_digest(student) == before
+
+
+def test_oracle_11_a_batch_in_micro_batches_is_the_whole(
+    student: Student, trainee: Trainee, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32, so the bound is oracle 9's. A request's rows are cut in two, and one micro-batch holds two requests'."""
+    parents = [trainee.adapter("a"), trainee.adapter("b", r=4, target_modules=["q_proj", "v_proj"])]
+    norms = []
+    for limit in (10_000, 130, 1):
+        monkeypatch.setattr(student, "_micro_batch_tokens", limit)
+        jobs = [trainee.job(parent, [SHORT, SAMPLE, SHORT]) for parent in parents]
+        results = trainee.step.batch([(job, trainee.phases.append) for job in jobs])
+        norms.append(
+            [result.metadata.grad_norm for result in results if isinstance(result, Result) and result.metadata]
+        )
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4) and norms[2] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_oracle_11_what_another_request_holds_changes_no_bit(trainee: Trainee) -> None:
+    """The other's weights overflow in the forward pass, or in Adam, or are sound: of equal shape each time."""
+    uri, sound = trainee.adapter("a"), trainee.train(trainee.adapter("b"))
+    key = next(iter(sound.tensors))
+    huge = {key: np.full_like(tensor, 1e30) for key, tensor in sound.tensors.items()}
+    assert sound.optimizer is not None
+    negative = {**sound.optimizer.exp_avg_sq, key: np.full_like(sound.optimizer.exp_avg_sq[key], -1.0)}
+    broken = dataclasses.replace(sound.optimizer, exp_avg_sq=negative)
+    others = [
+        sound.uri,
+        write_version(f"file://{trainee.folder}/huge/", sound.config, huge, None, sound.manifest).uri,
+        write_version(f"file://{trainee.folder}/broken/", sound.config, sound.tensors, broken, sound.manifest).uri,
+    ]
+    kept, ends = [], []
+    for other in others:
+        jobs = [trainee.job(other, [SHORT]), trainee.job(uri, [SHORT]), trainee.job(other, [SAMPLE])]
+        first, result, last = trainee.step.batch([(job, trainee.phases.append) for job in jobs])
+        assert isinstance(result, Result)
+        kept.append((read_version(result.lora_uri), result.metadata))
+        ends.append((type(first), type(last)))
+    assert ends == [(Result,) * 2, (errors.NonFiniteInput,) * 2, (errors.NonFiniteWeights,) * 2]
+    for version, metadata in kept[1:]:
+        assert same(version.tensors, kept[0][0].tensors)
+        assert metadata == kept[0][1]
+
+
+def test_a_batch_gives_each_request_its_own_end(trainee: Trainee) -> None:
+    """Every failure that a request can bring along; those that go on train as if alone."""
+    good, other = trainee.adapter("good"), trainee.adapter("other", r=4)
+    taken = trainee.job(other, [SHORT])
+    open_store(other).put(uris.next_version_uri(other, taken.created, taken.uid, 1) + "adapter_config.json", b"x")
+    finished = trainee.job(other, [SHORT])
+    first = trainee.step(finished, trainee.phases.append)
+    mismatch = errors.LogprobLengthMismatch
+    silent = {key: SHORT[key] for key in ("prompt", "response")}
+    foreign = f"file://{trainee.folder}/foreign/"
+    version = read_version(other)
+    write_version(foreign, version.config | {"use_dora": True}, version.tensors, None, version.manifest)
+    jobs: list[tuple[Job, object]] = [
+        (trainee.job(other, [SHORT | {"response": ""}]), errors.EmptyResponse),
+        (trainee.job(f"file://{trainee.folder}/none/"), NotFound),
+        (trainee.job(foreign), errors.AdapterInvalid),
+        (trainee.job(other, [SHORT], teacher={"mode": "Server"}), errors.TeacherUnavailable),
+        (trainee.job(other, [SHORT | {"teacherLogprobs": [-1.0]}], teacher={"mode": "Provided"}), mismatch),
+        (trainee.job(other, [SHORT | {"rolloutLogprobs": [-1.0]}]), mismatch),
+        (trainee.job(good, [SHORT], uid="0badcafe-0"), "Succeeded"),
+        (trainee.job(other, [silent]), "NoSignal"),
+        (taken, AlreadyExists),
+        (trainee.job(other, [SHORT], uid=finished.uid, attempt=2), "Succeeded"),
+        (trainee.job(good, [SHORT], uid="0badcafe-0"), errors.VersionConflict),
+        (trainee.job(other, [chosen_only(trainee, SHORT)], teacher={"mode": "Provided"}), "Succeeded"),
+    ]
+    phases: list[list[str]] = [[] for _ in jobs]
+    before = base_digest(trainee.student)
+    ends = trainee.step.batch([(job, told.append) for (job, _), told in zip(jobs, phases, strict=True)])
+    for end, (_, expected) in zip(ends, jobs, strict=True):
+        found = end.outcome if isinstance(end, Result) else type(end)
+        assert found == expected, end
+    assert base_digest(trainee.student) == before
+    adopted = ends[9]
+    assert isinstance(adopted, Result) and adopted.lora_uri == first.lora_uri and phases[9] == []
+    assert phases[0] == ["Loading"] and phases[3] == ["Loading", "Scoring"] and phases[7][-1] == "Stepping"
+    assert phases[6] == ["Loading", "Scoring", "Stepping", "Saving"] == phases[8]
+
+
 # NoSignal and the guards: no version
 
 
@@ -311,10 +456,10 @@ def test_a_nan_in_the_model_is_no_version(trainee: Trainee, monkeypatch: pytest.
     """A broken forward pass shows at the loss, a broken gradient before the update."""
     uri = trainee.adapter("a")
     hidden = trainee.student.hidden
-    monkeypatch.setattr(trainee.student, "hidden", lambda contexts: [rows * torch.nan for rows in hidden(contexts)])
+    monkeypatch.setattr(trainee.student, "hidden", lambda *given: [rows * torch.nan for rows in hidden(*given)])
     with pytest.raises((errors.NonFiniteInput, errors.NonFiniteLoss)):
         trainee.run(uri)
-    monkeypatch.setattr(trainee.student, "hidden", lambda contexts: [_NanBack.apply(rows) for rows in hidden(contexts)])
+    monkeypatch.setattr(trainee.student, "hidden", lambda *given: [_NanBack.apply(rows) for rows in hidden(*given)])
     with pytest.raises(errors.NonFiniteGrad):
         trainee.run(uri)
     assert trainee.versions() == ["a"]
@@ -338,7 +483,7 @@ def test_weights_that_are_not_finite_are_not_saved(trainee: Trainee) -> None:
 
 
 def test_memory_that_runs_out_makes_the_worker_unfit(trainee: Trainee, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(contexts: object) -> None:
+    def exhausted(*given: object) -> None:
         torch.empty(2**50, dtype=torch.uint8)
 
     before = base_digest(trainee.student)
@@ -346,6 +491,8 @@ def test_memory_that_runs_out_makes_the_worker_unfit(trainee: Trainee, monkeypat
     with pytest.raises(Unfit) as caught:
         trainee.run(trainee.adapter("a"))
     assert failure(caught.value, 1).outcome == "Retryable"
+    two = [(trainee.job(trainee.adapter(name)), trainee.phases.append) for name in "bc"]
+    assert [type(end) for end in trainee.step.batch(two)] == [Unfit, Unfit]
     assert base_digest(trainee.student) == before
 
 
@@ -453,46 +600,7 @@ def test_support_student_needs_a_teacher_that_can(trainee: Trainee) -> None:
         trainee.run(trainee.adapter("a"), teacher={"mode": "Server", "support": "student"})
 
 
-# What may not be loaded
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"base_model_name_or_path": "another/model"}, "another/model"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
-        ({"target_modules": ["no_such_layer"]}, "no_such_layer"),
-        ({"target_modules": ["q_proj"]}, "down_proj.*no target"),
-        ({"r": 8}, "shape"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused_whole(trainee: Trainee, change: dict[str, Any], message: str) -> None:
-    version = read_version(trainee.adapter("a"))
-    before = base_digest(trainee.student)
-    with (
-        pytest.raises(errors.AdapterInvalid, match=message),
-        trainee.student.adapter(version.config | change, version.tensors),
-    ):
-        pytest.fail("an adapter that does not fit was loaded")
-    assert base_digest(trainee.student) == before
-
-
-def test_a_missing_key_and_a_nan_are_named(trainee: Trainee) -> None:
-    version = read_version(trainee.adapter("a"))
-    key = sorted(version.tensors)[5]
-    without = {name: tensor for name, tensor in version.tensors.items() if name != key}
-    nan = {**version.tensors, key: np.full_like(version.tensors[key], np.nan)}
-    for tensors in (without, nan):
-        with (
-            pytest.raises(errors.AdapterInvalid, match=key.replace(".", r"\.")),
-            trainee.student.adapter(version.config, tensors),
-        ):
-            pytest.fail("a broken adapter was loaded")
+# What may not be loaded (the rest is in test_bank.py)
 
 
 def test_a_version_of_another_base_model_is_refused(trainee: Trainee) -> None:

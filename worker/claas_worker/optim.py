@@ -102,7 +102,7 @@ class AdapterOptimizer:
         moments: dict[str, dict[str, NDArray[np.float32]]] = {"exp_avg": {}, "exp_avg_sq": {}}
         for key, parameter in self._parameters.items():
             for name, arrays in moments.items():
-                arrays[key] = self._optimizer.state[parameter][name].detach().cpu().numpy().copy()
+                arrays[key] = self._optimizer.state[parameter][name].detach().float().cpu().numpy().copy()
         return OptimizerState(self.step, self._rank, self._target_modules, **moments)
 
     def _mismatch(self, state: OptimizerState) -> str | None:
@@ -126,6 +126,6 @@ class AdapterOptimizer:
         for key, parameter in self._parameters.items():
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(state.step)),
-                "exp_avg": torch.tensor(state.exp_avg[key], device=parameter.device),
-                "exp_avg_sq": torch.tensor(state.exp_avg_sq[key], device=parameter.device),
+                "exp_avg": torch.tensor(state.exp_avg[key], dtype=parameter.dtype, device=parameter.device),
+                "exp_avg_sq": torch.tensor(state.exp_avg_sq[key], dtype=parameter.dtype, device=parameter.device),
             }

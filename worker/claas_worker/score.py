@@ -14,6 +14,7 @@ from torch import Tensor
 
 from claas_crds.request import Sample
 from claas_teacher.client import TeacherClient
+from claas_worker.bank import Adapter
 from claas_worker.errors import TeacherUnavailable, TokenizerMismatch
 from claas_worker.job import InvalidSpec
 from claas_worker.provided import Scored, TokenTexts, parse
@@ -63,21 +64,24 @@ class Scorer:
         scores = self._client.score_batch([question.teacher for question in questions], k)
         return [Scored(torch.from_numpy(s.ids).long(), torch.from_numpy(s.logprobs)) for s in scores], info.model
 
-    def self(self, questions: Sequence[Question], k: int) -> tuple[list[Scored], str]:
-        """The student's own top-K of each response, scored after the teacher's prefix; the adapter must be in."""
+    def self(self, questions: Sequence[Question], adapters: Sequence[Adapter], ks: Sequence[int]) -> list[Scored]:
+        """The top-K of each response by the student with that question's adapter, scored after the teacher's prefix.
+
+        The questions may be of several requests: each has its adapter and its K.
+        """
         student = self._student
         supports: dict[int, Tensor] = {}
         scored: dict[int, Scored] = {}
 
         def take_support(index: int, hidden: Tensor) -> None:
-            supports[index], _ = topk_from_hidden(hidden, student.head, k)  # (N, k)
+            supports[index], _ = topk_from_hidden(hidden, student.head, ks[index])  # (N, K)
 
         def take_scores(index: int, hidden: Tensor) -> None:
             scored[index] = Scored(supports[index], logprobs_from_hidden(hidden, student.head, supports[index]))
 
-        student.map_hidden([question.student for question in questions], take_support)
-        student.map_hidden([question.teacher for question in questions], take_scores)
-        return [scored[index] for index in range(len(questions))], student.base_model
+        student.map_hidden([question.student for question in questions], adapters, take_support)
+        student.map_hidden([question.teacher for question in questions], adapters, take_scores)
+        return [scored[index] for index in range(len(questions))]
 
     def provided(
         self, questions: Sequence[Question], samples: Sequence[Sample], dropped: Sequence[int]

@@ -1,16 +1,19 @@
 """One training step, read top to bottom: load the version, render both contexts, score, train, save, report.
 
-Knows nothing of Kubernetes: a `Job` in, a `Result` out, or an error with a `reason`. Nothing of an attempt becomes a
-version unless everything went well: nothing is written before the last guard has passed, and the manifest comes last.
+Knows nothing of Kubernetes: a `Job` in, a `Result` out, or an error with a `reason`; or several jobs in one batched
+step, each with its own end. Nothing of an attempt becomes a version unless everything went well: nothing is written
+before the last guard has passed, and the manifest comes last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from claas_crds.model import explain
 from claas_crds.reasons import Outcome, Reason
-from claas_crds.request import Metadata, Payload, Result, Sample, Timings, Training
+from claas_crds.request import Metadata, Payload, Result, Sample, Timings
 from claas_store import uris
 from claas_store.errors import NotFound, TooLarge
 from claas_store.stores import open_store
@@ -30,21 +33,24 @@ from claas_store.version import (
     Manifest,
     ParentVersion,
     TeacherUsed,
+    Version,
     find_manifest,
     read_version,
     write_version,
 )
+from claas_worker.bank import Adapter
 from claas_worker.errors import AdapterInvalid, LogprobLengthMismatch, PayloadInvalid
 from claas_worker.job import InvalidSpec, Job, Report, Unfit, now
 from claas_worker.optim import AdapterOptimizer
 from claas_worker.render import Limits, Rendered, render
 from claas_worker.score import Question, Scored, Scorer
 from claas_worker.sdpo import NO_SIGNAL_JSD, anchor_kl, combine, logprobs_from_hidden, sdpo_loss_from_hidden
-from claas_worker.student import Adapter, Context, Student
+from claas_worker.student import Context, Student
 
 log = logging.getLogger(__name__)
 
 MAX_PAYLOAD_BYTES = 64 * 2**20
+MAX_THREADS = 16  # that wait for store and teacher
 STALE_RATIO = 0.2  # |mean importance ratio - 1| beyond it: the rollout was another policy's, or is misaligned
 
 
@@ -58,7 +64,11 @@ class Item(NamedTuple):
 
 
 class TrainingStep:
-    """Runs jobs, one after another, on one student.
+    """Runs jobs on one student: one alone, or several with different adapters in one batched step.
+
+    Jobs in a batch share forward and backward passes and nothing else. Each has its adapter, loss, optimizer and end;
+    what one raises ends that one. What another job's rows hold changes no bit of a job's result; how many they are and
+    how long may, in the rounding, as it does for any matrix product.
 
     Args:
         student: the base model; bit-identical after every job, however it ends.
@@ -76,173 +86,345 @@ class TrainingStep:
             GuardError, StoreError, TeacherError, InvalidSpec: each with its `reason`; no version was made.
             Unfit: the same, and this process should end.
         """
+        (outcome,) = self.batch([(job, report)])
+        if isinstance(outcome, Result):
+            return outcome
         try:
-            return _adopt(job) or self._run(job, report)
-        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
-            raise Unfit(f"the device failed or is out of memory ({type(error).__name__})") from error
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error):  # torch's words on a CPU
-                raise Unfit("out of memory") from error
-            raise
+            raise outcome
+        finally:
+            del outcome  # an error that its own traceback refers to would keep a step's tensors alive
 
-    def _run(self, job: Job, report: Report) -> Result:
-        student, training = self._student, job.spec.training
-        clock = Clock()
+    def batch(self, tasks: Sequence[tuple[Job, Report]]) -> list[Result | Exception]:
+        """The same for several jobs at once: of each the result, or what it would have raised alone.
 
-        report("Loading")
-        samples = _samples(job)
-        rendered = [
+        A failure of the forward or backward pass itself is everyone's who was in it.
+        """
+        attempts = [Attempt(job, report) for job, report in tasks]
+        with contextlib.ExitStack() as held:
+            _each(attempts, _adopt)
+            _each(attempts, self._read, "Loading")
+            for attempt in _alive(attempts):
+                with attempt:
+                    self._prepare(attempt, held)
+            _each([attempt for attempt in attempts if attempt.mode == "Server"], self._ask_teacher, "Scoring")
+            for attempt in _announce([attempt for attempt in attempts if attempt.mode == "Provided"], "Scoring"):
+                with attempt:
+                    self._take_provided(attempt)
+            self._ask_students([attempt for attempt in attempts if attempt.mode == "Self"])
+            self._train(attempts)
+            _each(attempts, self._save, "Saving")
+        return [attempt.end() for attempt in attempts]
+
+    def _read(self, attempt: Attempt) -> None:
+        """The samples, and the version to train."""
+        job, base_model = attempt.job, self._student.base_model
+        attempt.samples = _samples(job)
+        attempt.parent = read_version(job.parent.uri, adopt=not job.parent.adapter_uid, base_model=base_model)
+        if (base := attempt.parent.manifest.base_model) and base_model and base != base_model:
+            raise AdapterInvalid(f"the version belongs to the base model {base}, this worker holds {base_model}")
+
+    def _prepare(self, attempt: Attempt, held: contextlib.ExitStack) -> None:
+        """The samples in both contexts, and the parent's weights in the bank until `held` ends.
+
+        Their key is the version that they are to become. They leave with the step.
+        """
+        attempt.rendered = [
             render(
                 sample,
-                student.tokenizer,
+                self._student.tokenizer,
                 self._limits,
-                truncate_response=training.truncate_response,
+                truncate_response=attempt.training.truncate_response,
                 where=f"samples[{index}]",
             )
-            for index, sample in enumerate(samples)
+            for index, sample in enumerate(attempt.samples)
         ]
-        parent = read_version(job.parent.uri, adopt=not job.parent.adapter_uid, base_model=student.base_model)
-        if (base := parent.manifest.base_model) and student.base_model and base != student.base_model:
-            raise AdapterInvalid(
-                f"the version belongs to the base model {base}, this worker holds {student.base_model}"
-            )
-        with student.adapter(parent.config, parent.tensors) as adapter:
-            clock.lap("load_ms")
+        bank, key = self._student.bank, _new_uri(attempt.job)
+        bank.add(key, attempt.parent.config, attempt.parent.tensors)
+        held.callback(bank.remove, key)
+        attempt.adapter = held.enter_context(bank.in_use(key))
+        attempt.clock.lap("load_ms")
 
-            report("Scoring")
-            scored, teacher_id = self._score(job, samples, rendered)
-            items = [_item(*parts) for parts in zip(range(len(samples)), samples, rendered, scored, strict=True)]
-            clock.lap("teacher_ms")
+    def _ask_teacher(self, attempt: Attempt) -> None:
+        """Mode Server: the teacher's top-K of each response, and who it was."""
+        if attempt.job.spec.teacher.support == "student":
+            raise InvalidSpec("spec.teacher.support student: this teacher cannot score chosen ids; leave support out")
+        attempt.take(*self._scorer.server(attempt.questions(), attempt.training.teacher_top_k))
 
-            report("Stepping")
-            optimizer = AdapterOptimizer(
-                adapter.parameters,
-                parent.optimizer,
-                rank=parent.config["r"],
-                target_modules=_target_modules(parent.config),
-            )
-            numbers = self._train(items, adapter, optimizer, training)
-            tensors = adapter.tensors()
-            templates = ",".join(sorted({one.template_id for one in rendered}))[:64]
-            metadata = Metadata(
-                **{name: _seven_digits(value) for name, value in numbers.items()},
-                update_norm=_seven_digits(_distance(tensors, parent.tensors)),
-                effective_learning_rate=_seven_digits(optimizer.learning_rate),
-                optimizer_step=optimizer.step,
-                optimizer_state=optimizer.origin[:128],
-                old_logprobs_source=_ratio_source(items),
-                teacher_id=teacher_id[:253] or None,
-                teacher_mode=job.spec.teacher.mode,
-                truncated=any(one.truncated for one in rendered),
-                template_id=templates,
-            )
-            clock.lap("step_ms")
+    def _take_provided(self, attempt: Attempt) -> None:
+        """Mode Provided: what the samples bring along."""
+        dropped = [one.dropped_response_tokens for one in attempt.rendered]
+        attempt.take(*self._scorer.provided(attempt.questions(), attempt.samples, dropped))
 
-            if not optimizer.learning_rate:  # no update was made
-                return _result(job, Outcome.NO_SIGNAL, Reason.NO_SIGNAL, parent.uri, metadata, clock.timings())
-            report("Saving")
-            manifest = Manifest(
-                base_model=student.base_model or parent.manifest.base_model,
-                parent=ParentVersion(uri=parent.uri, sha256=parent.manifest_sha256),
-                request_uid=job.uid,
-                attempt=job.attempt,
-                training=training.model_dump(by_alias=True, mode="json"),
-                metadata=metadata,
-                teacher=TeacherUsed(id=teacher_id, mode=job.spec.teacher.mode),
-                template_id=templates,
+    def _ask_students(self, attempts: Sequence[Attempt]) -> None:
+        """Mode Self: all questions in common forward passes, each with its request's adapter."""
+        attempts = _announce(attempts, "Scoring")
+        asked = [(attempt, question) for attempt in attempts for question in attempt.questions()]
+        with _together(attempts):
+            scored = self._scorer.self(
+                [question for _, question in asked],
+                [attempt.adapter for attempt, _ in asked],
+                [attempt.training.teacher_top_k for attempt, _ in asked],
             )
-            version = write_version(_new_uri(job), parent.config, tensors, optimizer.state(), manifest)
-            clock.lap("save_ms")
-            return _result(job, Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri, metadata, clock.timings())
+        for attempt in _alive(attempts):
+            with attempt:
+                own = [one for (whose, _), one in zip(asked, scored, strict=True) if whose is attempt]
+                attempt.take(own, self._student.base_model)
 
-    def _score(self, job: Job, samples: Sequence[Sample], rendered: Sequence[Rendered]) -> tuple[list[Scored], str]:
-        """The teacher's view of each response, and who it was."""
-        questions = [
+    def _train(self, attempts: Sequence[Attempt]) -> None:
+        """The inner steps, those of all jobs together, and the numbers of the first."""
+        attempts = _announce(attempts, "Stepping")
+        for attempt in attempts:
+            with attempt:
+                attempt.optimizer = AdapterOptimizer(
+                    attempt.adapter.parameters,
+                    attempt.parent.optimizer,
+                    rank=attempt.parent.config["r"],
+                    target_modules=_target_modules(attempt.parent.config),
+                )
+        while training := [attempt for attempt in _alive(attempts) if attempt.inner_steps_left]:
+            with _together(training):
+                self._backward(training)
+            for attempt in _alive(training):
+                with attempt:
+                    attempt.update()
+        for attempt in _alive(attempts):
+            with attempt:
+                attempt.measure()
+
+    def _backward(self, attempts: Sequence[Attempt]) -> None:
+        """Adds the gradients of the whole requests, and their numbers where these are still to come.
+
+        One micro-batch after another, each item with its share of its request's 1/N: the sum does not depend on how
+        they are cut. Requests of like length come together, for the padding's sake.
+        """
+        student = self._student
+        work = [
+            (attempt, index)
+            for attempt in sorted(attempts, key=lambda one: max(item.context.tokens for item in one.items))
+            for index in range(len(attempt.items))
+        ]
+        for group in student.micro_batches([attempt.items[index].context for attempt, index in work]):
+            rows = [work[i] for i in group if work[i][0].outcome is None]
+            base_hidden = self._base_hidden(rows)
+            contexts = [attempt.items[index].context for attempt, index in rows]
+            states = student.hidden(contexts, [attempt.adapter for attempt, _ in rows]) if rows else []
+            losses: list[tuple[Attempt, Tensor]] = []
+            for (attempt, index), hidden in zip(rows, states, strict=True):
+                if attempt.outcome is not None:
+                    continue  # its first error is its end
+                with attempt:
+                    loss = attempt.loss(index, hidden, base_hidden.get((attempt, index)), student.head)
+                    losses.append((attempt, loss))
+            # Rows of a request that has failed get no gradient: what they hold reaches nobody's weights.
+            if sound := [loss for attempt, loss in losses if attempt.outcome is None]:
+                torch.stack(sound).sum().backward()
+
+    def _base_hidden(self, rows: Sequence[tuple[Attempt, int]]) -> dict[tuple[Attempt, int], Tensor]:
+        """The base model's hidden states (N, d) of the items that are anchored to it."""
+        anchored = [(attempt, index) for attempt, index in rows if attempt.training.anchor_kl_weight]
+        if not anchored:
+            return {}
+        with torch.no_grad():
+            hidden = self._student.hidden([attempt.items[index].context for attempt, index in anchored])
+        return dict(zip(anchored, hidden, strict=True))
+
+    def _save(self, attempt: Attempt) -> None:
+        """The new version: its files, then its manifest."""
+        job, parent, student = attempt.job, attempt.parent, self._student
+        manifest = Manifest(
+            base_model=student.base_model or parent.manifest.base_model,
+            parent=ParentVersion(uri=parent.uri, sha256=parent.manifest_sha256),
+            request_uid=job.uid,
+            attempt=job.attempt,
+            training=attempt.training.model_dump(by_alias=True, mode="json"),
+            metadata=attempt.metadata,
+            teacher=TeacherUsed(id=attempt.teacher_id, mode=attempt.mode),
+            template_id=attempt.template_id,
+        )
+        version = write_version(_new_uri(job), parent.config, attempt.tensors, attempt.optimizer.state(), manifest)
+        attempt.clock.lap("save_ms")
+        attempt.succeed(Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri)
+
+
+class Attempt:
+    """A job on its way through the step: what each phase leaves for the next, and its end.
+
+    As a context manager it takes an error as its own end, so that other jobs go on.
+    """
+
+    samples: Sequence[Sample]
+    rendered: Sequence[Rendered]
+    parent: Version
+    adapter: Adapter
+    teacher_id: str
+    items: Sequence[Item]
+    optimizer: AdapterOptimizer
+    tensors: Mapping[str, NDArray[np.float32]]
+    metadata: Metadata
+
+    def __init__(self, job: Job, report: Report) -> None:
+        self.job, self.report, self.training, self.mode = job, report, job.spec.training, job.spec.teacher.mode
+        self.clock = Clock()
+        self.outcome: Result | Exception | None = None
+        self.inner_steps_left = self.training.inner_steps
+        self._parts: list[Mapping[str, float]] = []  # numbers of the items, in the first inner step
+        self._numbers: dict[str, Any] = {}
+        self._snapshot: dict[int, Tensor] = {}  # log p of the response tokens (N,) before the first inner step
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, Exception):
+            self.outcome = _named(error)
+            return True
+        return False
+
+    def end(self) -> Result | Exception:
+        """The outcome, which the attempt then holds no more."""
+        outcome, self.outcome = self.outcome, None
+        assert outcome is not None
+        return outcome
+
+    def succeed(self, outcome: Outcome, reason: Reason, lora_uri: str) -> None:
+        """Ends well."""
+        self.outcome = _result(self.job, outcome, reason, lora_uri, self.metadata, self.clock.timings())
+
+    def questions(self) -> list[Question]:
+        """Each sample as both sides see it."""
+        return [
             Question(
                 Context(one.prefix_student_ids, one.response_ids), Context(one.prefix_teacher_ids, one.response_ids)
             )
-            for one in rendered
+            for one in self.rendered
         ]
-        teacher, k = job.spec.teacher, job.spec.training.teacher_top_k
-        if teacher.mode == "Provided":
-            dropped = [one.dropped_response_tokens for one in rendered]
-            return self._scorer.provided(questions, samples, dropped)
-        if teacher.mode == "Self":
-            return self._scorer.self(questions, k)
-        if teacher.support == "student":
-            raise InvalidSpec("spec.teacher.support student: this teacher cannot score chosen ids; leave support out")
-        return self._scorer.server(questions, k)
 
-    def _train(
-        self, items: Sequence[Item], adapter: Adapter, optimizer: AdapterOptimizer, training: Training
-    ) -> dict[str, float]:
-        """The inner steps; gives the numbers of the first. No update at all where there is nothing to learn."""
-        total_tokens = sum(len(item.response_ids) for item in items)
-        old = [item.rollout_logprobs for item in items]
-        numbers, snapshot = self._backward(items, old, adapter, training, total_tokens)
-        numbers["grad_norm"] = optimizer.grad_norm()
-        if numbers["jsd"] < NO_SIGNAL_JSD:
-            return numbers
-        optimizer.update(training.learning_rate, training.max_grad_norm)
-        # mu stays the policy before the first inner step.
-        old = [known if known is not None else taken for known, taken in zip(old, snapshot, strict=True)]
-        for _ in range(training.inner_steps - 1):
-            self._backward(items, old, adapter, training, total_tokens)
-            optimizer.update(training.learning_rate, training.max_grad_norm)
-        return numbers
+    def take(self, scored: Sequence[Scored], teacher_id: str) -> None:
+        """The teacher's answers, and who it was: all is there to train on."""
+        self.teacher_id = teacher_id
+        parts = zip(self.samples, self.rendered, scored, strict=True)
+        self.items = [_item(index, *part) for index, part in enumerate(parts)]
+        self.clock.lap("teacher_ms")
 
-    def _backward(
-        self,
-        items: Sequence[Item],
-        old_logprobs: Sequence[Tensor | None],
-        adapter: Adapter,
-        training: Training,
-        total_tokens: int,
-    ) -> tuple[dict[str, Any], list[Tensor]]:
-        """Adds the gradients of the whole request; gives its numbers and log p of the response tokens, (N,) each.
+    def loss(self, index: int, hidden: Tensor, base: Tensor | None, head: Tensor) -> Tensor:
+        """An item's share of the request's loss, from hidden states (N, d) of the student and, anchored, of the base.
 
-        One micro-batch after another, each with its share of 1/N: the sum does not depend on how they are cut.
+        Raises:
+            GuardError: it is not finite, or cannot be.
         """
-        student = self._student
-        pg_weight, jsd_reg_weight = training.weights(chosen_only=any(item.scored.chosen_only for item in items))
-        numbers: list[Mapping[str, float]] = []
-        snapshot: dict[int, Tensor] = {}
-        for group in student.micro_batches([item.context for item in items]):
-            contexts = [items[index].context for index in group]
-            base_hidden: Sequence[Tensor | None] = [None] * len(group)
-            if training.anchor_kl_weight:
-                with torch.no_grad(), adapter.off():
-                    base_hidden = student.hidden(contexts)
-            losses = []
-            for index, hidden, base in zip(group, student.hidden(contexts), base_hidden, strict=True):
-                item = items[index]
-                result = sdpo_loss_from_hidden(
-                    hidden,  # (N, d)
-                    student.head,
-                    item.response_ids,
-                    item.scored.support_ids,
-                    item.scored.logprobs,
-                    old_logprobs[index],
-                    alpha=training.alpha,
-                    clip_eps=training.clip_eps,
-                    jsd_reg_weight=jsd_reg_weight,
-                    pg_weight=pg_weight,
-                    advantage_clip=training.advantage_clip,
-                    total_tokens=total_tokens,
-                )
-                losses.append(result.loss)
-                numbers.append(result.metrics)
-                if base is not None:
-                    anchor = training.anchor_kl_weight * anchor_kl(
-                        hidden, base, lm_head_weight=student.head, total_tokens=total_tokens
-                    )
-                    losses.append(anchor)
-                    value = float(anchor.detach())
-                    numbers.append({"anchor": value, "total_loss": value})
-                if training.inner_steps > 1:
-                    snapshot[index] = logprobs_from_hidden(hidden.detach(), student.head, item.response_ids)
-            torch.stack(losses).sum().backward()
-        return combine(numbers), [snapshot.get(index, torch.empty(0)) for index in range(len(items))]
+        item, training = self.items[index], self.training
+        total_tokens = sum(len(item.response_ids) for item in self.items)
+        pg_weight, jsd_reg_weight = training.weights(chosen_only=any(item.scored.chosen_only for item in self.items))
+        result = sdpo_loss_from_hidden(
+            hidden,
+            head,
+            item.response_ids,
+            item.scored.support_ids,
+            item.scored.logprobs,
+            # mu stays the policy before the first inner step.
+            self._snapshot.get(index) if item.rollout_logprobs is None else item.rollout_logprobs,
+            alpha=training.alpha,
+            clip_eps=training.clip_eps,
+            jsd_reg_weight=jsd_reg_weight,
+            pg_weight=pg_weight,
+            advantage_clip=training.advantage_clip,
+            total_tokens=total_tokens,
+        )
+        loss, numbers = result.loss, [result.metrics]
+        if base is not None:
+            anchor = training.anchor_kl_weight * anchor_kl(hidden, base, lm_head_weight=head, total_tokens=total_tokens)
+            loss = loss + anchor
+            value = float(anchor.detach())
+            numbers.append({"anchor": value, "total_loss": value})
+        if not self._numbers:
+            self._parts += numbers
+            if training.inner_steps > 1 and item.rollout_logprobs is None:
+                self._snapshot[index] = logprobs_from_hidden(hidden.detach(), head, item.response_ids)
+        return loss
+
+    def update(self) -> None:
+        """One inner step with the gradients that are there; none at all where there is nothing to learn."""
+        self.inner_steps_left -= 1
+        if not self._numbers:
+            self._numbers = combine(self._parts) | {"grad_norm": self.optimizer.grad_norm()}
+            if self._numbers["jsd"] < NO_SIGNAL_JSD:
+                self.inner_steps_left = 0
+                return
+        self.optimizer.update(self.training.learning_rate, self.training.max_grad_norm)
+
+    def measure(self) -> None:
+        """The new weights and the step's numbers; the end, where nothing was learnt."""
+        self.tensors = self.adapter.tensors()
+        self.metadata = Metadata(
+            **{name: _seven_digits(value) for name, value in self._numbers.items()},
+            update_norm=_seven_digits(_distance(self.tensors, self.parent.tensors)),
+            effective_learning_rate=_seven_digits(self.optimizer.learning_rate),
+            optimizer_step=self.optimizer.step,
+            optimizer_state=self.optimizer.origin[:128],
+            old_logprobs_source=_ratio_source(self.items),
+            teacher_id=self.teacher_id[:253] or None,
+            teacher_mode=self.mode,
+            truncated=any(one.truncated for one in self.rendered),
+            template_id=self.template_id,
+        )
+        self.clock.lap("step_ms")
+        if not self.optimizer.learning_rate:  # no update was made
+            self.succeed(Outcome.NO_SIGNAL, Reason.NO_SIGNAL, self.parent.uri)
+
+    @property
+    def template_id(self) -> str:
+        """Of all templates that its samples were rendered with."""
+        return ",".join(sorted({one.template_id for one in self.rendered}))[:64]
+
+
+def _alive(attempts: Sequence[Attempt]) -> list[Attempt]:
+    return [attempt for attempt in attempts if attempt.outcome is None]
+
+
+def _announce(attempts: Sequence[Attempt], phase: str) -> list[Attempt]:
+    """Tells the phase to those that are alive, and gives them."""
+    for attempt in _alive(attempts):
+        with attempt:
+            attempt.report(phase)
+    return _alive(attempts)
+
+
+def _each(attempts: Sequence[Attempt], run: Callable[[Attempt], None], phase: str = "") -> None:
+    """`run` on each that is alive, in threads: store and teacher are waited for side by side."""
+
+    def one(attempt: Attempt) -> None:
+        with attempt:
+            run(attempt)
+
+    attempts = _announce(attempts, phase) if phase else _alive(attempts)
+    if len(attempts) > 1:
+        with ThreadPoolExecutor(min(len(attempts), MAX_THREADS), "step") as threads:
+            list(threads.map(one, attempts))
+    else:
+        for attempt in attempts:
+            one(attempt)
+
+
+@contextlib.contextmanager
+def _together(attempts: Sequence[Attempt]) -> Iterator[None]:
+    """What is raised here ends all of them that are alive."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (it is handed on as the outcome of each)
+        for attempt in _alive(attempts):
+            attempt.outcome = _named(error)
+
+
+def _named(error: Exception) -> Exception:
+    """The error; Unfit where it says that this process can do no step any more."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
+        unfit = Unfit(f"the device failed or is out of memory ({type(error).__name__})")
+    elif isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's words on a CPU
+        unfit = Unfit("out of memory")
+    else:
+        return error
+    unfit.__cause__ = error
+    return unfit
 
 
 class Clock:
@@ -263,21 +445,22 @@ class Clock:
         return Timings(**self._laps)
 
 
-def _adopt(job: Job) -> Result | None:
-    """The result of an earlier attempt that died between its manifest and its report: its version is whole."""
-    for attempt in range(1, job.attempt):
-        uri = uris.next_version_uri(job.parent.uri, job.created, job.uid, attempt)
+def _adopt(attempt: Attempt) -> None:
+    """Ends it with the version of an earlier attempt that died between its manifest and its report, if there is one."""
+    job = attempt.job
+    for earlier in range(1, job.attempt):
+        uri = uris.next_version_uri(job.parent.uri, job.created, job.uid, earlier)
         manifest = find_manifest(uri)
         if manifest is None or manifest.request_uid != job.uid or manifest.parent is None:
             continue
         if uris.normalise(manifest.parent.uri) != uris.normalise(job.parent.uri):
             continue
-        clock = Clock()
         version = read_version(uri)  # every file against its digest
-        clock.lap("load_ms")
-        log.info("adopted", extra={"uid": job.uid, "attempt": attempt})
-        return _result(job, Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri, manifest.metadata, clock.timings())
-    return None
+        attempt.clock.lap("load_ms")
+        log.info("adopted", extra={"uid": job.uid, "attempt": earlier})
+        end = (Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri, manifest.metadata, attempt.clock.timings())
+        attempt.outcome = _result(job, *end)
+        return
 
 
 def _samples(job: Job) -> Sequence[Sample]:
