@@ -16,7 +16,7 @@ from kubectl import Kubectl
 CRDS = Path(__file__).resolve().parents[2] / "crds"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def kubectl(control_plane: ControlPlane) -> Kubectl:
     """kubectl of the API server's own version, with our definitions established."""
     kubectl = Kubectl(control_plane.kubeconfig, programs.ensure_kubectl())
@@ -26,7 +26,7 @@ def kubectl(control_plane: ControlPlane) -> Kubectl:
     return kubectl
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def api(kubectl: Kubectl) -> Iterator[kubernetes.client.CustomObjectsApi]:
     """The same API server through the client library: faster than a process for each of many objects."""
     with kubernetes.config.new_client_from_config(str(kubectl.kubeconfig)) as client:

@@ -12,7 +12,7 @@ from cluster.controlplane import ControlPlane
 from operatorstage import Stage, apply_crds
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def claas_api(control_plane: ControlPlane) -> ControlPlane:
     """The API server with our two kinds."""
     apply_crds(control_plane)
@@ -34,7 +34,7 @@ def unused_port() -> int:
     return port
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """An API server of its own: the operator's tests play every Pod and read every event."""
     with ControlPlane(tmp_path_factory.mktemp("control-plane")) as own:
