@@ -13,9 +13,9 @@ from cluster.nodes import Cluster
 from deployment import USER, Deployment
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def installed(cluster: Cluster) -> Iterator[Deployment]:
-    """An installed release with an empty user namespace. Our own cluster ends with the tests unless KEEP=1."""
+    """An installed release with an empty user namespace. Our own cluster ends with these tests unless KEEP=1."""
     given = bool(os.environ.get("KUBECONFIG"))
     where = deployment.install(cluster, given=given)
     where.kubectl("delete", "dr,la", "--all", "-n", USER, "--wait", seconds=120)
