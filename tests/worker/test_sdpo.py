@@ -268,7 +268,8 @@ def test_oracle_6_order_padding_and_duplicates_change_nothing(case: Case, alpha:
     v = case.logits.shape[1]
     padding = torch.full((n, 2), -1)
     ids = torch.cat([case.ids, padding, case.ids[:, :1], torch.full((n, 1), v + 3)], -1)
-    log_q = torch.cat([case.teacher, torch.full((n, 2), torch.nan), case.teacher[:, :1], torch.full((n, 1), -50.0)], -1)
+    again = case.teacher[:, :1] - 1  # of two logprobs for one id the larger counts
+    log_q = torch.cat([case.teacher, torch.full((n, 2), torch.nan), again, torch.full((n, 1), -50.0)], -1)
     order = list(range(k + 4))
     random.shuffle(order)  # type: ignore[attr-defined]
     logits = case.logits.clone().requires_grad_()
