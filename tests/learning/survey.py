@@ -1,0 +1,72 @@
+"""Before any training: how often the base complies, and how often once it is shown the feedback.
+
+The second number is what a self-teacher knows: a preference that the hindsight block does not bring out cannot be
+learnt from it. So this is where a wording of the block is judged, at a few seconds each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from claas_crds.request import Sample
+from claas_worker import render
+from learning.experiment import LIMITS, Settings, World, sample, share
+from learning.preferences import Preference
+from learning.prompts import TRAINED
+
+WORDINGS = {  # (text, closing)
+    "person-1": (render.PERSON.text, render.PERSON.closing),
+    "bare": ("\n\n{text}", ""),
+    "said-then-follow": (
+        "\n\nYou answered this before, and I said about your answer:\n\n{text}",
+        "\n\nNow answer again and do what I said.",
+    ),
+    "feedback-colon": ("\n\nFeedback on an earlier answer: {text}", "\n\nAnswer again, following the feedback."),
+    "no-closing": ("\n\nSomeone who read an earlier answer to this message said about it:\n\n{text}", ""),
+    "feedback-last": ("\n\nAnswer with this feedback on an earlier answer in mind:\n\n{text}", ""),
+    "reader-wishes": (
+        "\n\nThis is what the reader of an earlier answer said about it, and wishes for the next one:\n\n{text}",
+        "\n\nNow answer the message above as the reader wishes.",
+    ),
+}
+
+
+@contextmanager
+def wording(name: str) -> Iterator[None]:
+    """Production's block for people's words, in another wording."""
+    before = render.PERSON
+    text, closing = WORDINGS[name]
+    render.PERSON = dataclasses.replace(before, text=text, closing=closing)
+    try:
+        yield
+    finally:
+        render.PERSON = before
+
+
+def survey(world: World, preference: Preference, settings: Settings, names: list[str]) -> dict[str, Any]:
+    """Shares of compliant answers to the training prompts: as it is, and with what was said of each answer."""
+    speaker, choice = world.speaker, random.Random(preference.name)
+    answers = speaker.respond(
+        [speaker.prefix(prompt) for prompt in TRAINED],
+        temperature=settings.temperature,
+        max_tokens=settings.max_tokens,
+        seed=1,
+    )
+    said = [preference.feedback(answer, choice) for answer in answers]
+    shares: dict[str, Any] = {"preference": preference.name, "base": share(preference, answers)}
+    shares["held out"] = share(preference, world.start(settings)[0])
+    for name in names:
+        with wording(name):
+            prefixes = [
+                render.render(
+                    Sample.model_validate(sample(prompt, answer, feedback)), speaker.tokenizer, LIMITS
+                ).prefix_teacher_ids
+                for prompt, answer, feedback in zip(TRAINED, answers, said, strict=True)
+            ]
+        again = speaker.respond(prefixes * 2, temperature=settings.temperature, max_tokens=settings.max_tokens, seed=2)
+        shares[name] = share(preference, again)
+    return shares
