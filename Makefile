@@ -42,6 +42,13 @@ unit: env ## the tests that need no cluster, no vLLM and no images (a minute)
 mutations: env ## break every formula of the loss, one at a time, and see a test fail (minutes)
 	$(PY) tests/worker/mutations.py
 
+.PHONY: learning
+learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (hours on two cores; a GPU is used if there is one)
+	@mkdir -p build
+	$(PY) -m learning run --preferences brief,friend,excited,because --out build/learning.json
+	$(PY) -m learning plot --out build/learning.json
+	$(PY) -m learning verdict --out build/learning.json
+
 .PHONY: docs
 docs: env ## draw the plots of docs/
 	$(PY) docs/alpha.py

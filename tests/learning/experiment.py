@@ -26,6 +26,7 @@ from claas_crds.adapter import Lora
 from claas_crds.request import DistillRequestSpec, Parent, Result, Training
 from claas_store.create import create_adapter
 from claas_store.version import Version, read_version
+from claas_worker.bank import Adapter
 from claas_worker.job import Job
 from claas_worker.provided import Scored
 from claas_worker.render import Limits
@@ -68,10 +69,11 @@ class RememberingScorer(Scorer):
     questions: Sequence[Question]
     scored: Sequence[Scored]
 
-    def self(self, questions: Sequence[Question], k: int) -> tuple[list[Scored], str]:
+    def self(self, questions: Sequence[Question], adapters: Sequence[Adapter], ks: Sequence[int]) -> list[Scored]:
         """See `Scorer.self`."""
-        self.questions, (self.scored, name) = questions, super().self(questions, k)
-        return list(self.scored), name
+        scored = super().self(questions, adapters, ks)
+        self.questions, self.scored = questions, scored
+        return scored
 
 
 class World:
@@ -99,18 +101,19 @@ class World:
 
     def divergence(self, version: Version, training: Training) -> float:
         """Mean D of the last request's responses with `version`, against the teacher's scores of then."""
-        total, tokens = 0.0, 0
-        with self.student.adapter(version.config, version.tensors), torch.no_grad():
+        bank, total, tokens = self.student.bank, 0.0, 0
+        bank.add(version.uri, version.config, version.tensors)
+        with bank.in_use(version.uri) as adapter, torch.no_grad():
             contexts = [question.student for question in self.scorer.questions]
-            for context, hidden, scored in zip(
-                contexts, self.student.hidden(contexts), self.scorer.scored, strict=True
-            ):
+            states = self.student.hidden(contexts, [adapter] * len(contexts))
+            for context, hidden, scored in zip(contexts, states, self.scorer.scored, strict=True):
                 ids = torch.tensor(context.response_ids)
                 result = sdpo_loss_from_hidden(
                     hidden, self.student.head, ids, scored.support_ids, scored.logprobs, alpha=training.alpha
                 )
                 total += result.metrics["jsd"] * len(ids)
                 tokens += len(ids)
+        bank.remove(version.uri)
         return total / tokens
 
     def answers(self, settings: Settings) -> list[Answer]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from claas_worker.student import PREFIX, Student
+from claas_worker.bank import PREFIX
+from claas_worker.student import Student
 from learning.preferences import Answer
 
 SLOTS = 64  # room for tokens grows by so many: fewer shapes, fewer graphs
@@ -29,6 +30,8 @@ class Speaker:
             raise ValueError(f"the speaker decodes Llama models, this is a {student.model.config.model_type}")
         self._base = dict(student.model.named_modules())
         self.model = copy.deepcopy(student.model)
+        for module in self.model.modules():
+            module._forward_hooks.clear()  # the bank's: here adapters are merged
         self.tokenizer = student.tokenizer
         self._device = student.device
         self._end_of_turn = student.tokenizer.convert_tokens_to_ids("<|im_end|>")
