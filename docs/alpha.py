@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 
 from claas_worker.sdpo import sdpo_loss
 
@@ -20,10 +21,10 @@ TOKENS = {
     "both 0.10": 2,
     "in the tail: student 0.04, teacher 0.08": 4,
 }
-ALPHAS = torch.linspace(0, 1, 101).tolist()
+INNER = torch.linspace(0.01, 0.99, 99).tolist()
 
 
-def metrics(token: int, alpha: float, listed: int = LISTED) -> dict[str, float]:
+def metrics(token: int, *, alpha: float, listed: int = LISTED) -> dict[str, float]:
     """Of one response token."""
     return sdpo_loss(
         STUDENT.log()[None],  # (1, V)
@@ -34,16 +35,23 @@ def metrics(token: int, alpha: float, listed: int = LISTED) -> dict[str, float]:
     ).metrics
 
 
+def curve(axes: Axes, name: str, label: str, **of: int) -> None:
+    """A metric over alpha: a line between the ends, and the ends, which have definitions of their own, as points."""
+    (line,) = axes.plot(INNER, [metrics(alpha=alpha, **of)[name] for alpha in INNER], label=label)
+    ends = [metrics(alpha=alpha, **of)[name] for alpha in (0.0, 1.0)]
+    axes.plot([0.0, 1.0], ends, "o", color=line.get_color(), clip_on=False, zorder=3)
+
+
 def main() -> None:
     """Draw both panels."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for label, token in TOKENS.items():
-        left.plot(ALPHAS, [metrics(token, alpha)["mean_advantage"] for alpha in ALPHAS], label=label)
+        curve(left, "mean_advantage", label, token=token)
     left.axhline(0, color="grey", linewidth=0.8)
     left.set(title="advantage A of a response token", xlabel="alpha", ylabel="nats (alpha = 0: Q/P - 1)")
     for listed in (len(STUDENT), LISTED, 2, 1):
         name = "all six tokens" if listed == len(STUDENT) else f"top {listed} and a tail"
-        right.plot(ALPHAS, [metrics(0, alpha, listed)["jsd"] for alpha in ALPHAS], label=name)
+        curve(right, "jsd", name, token=0, listed=listed)
     right.set(title="divergence D of the position", xlabel="alpha", ylabel="nats")
     for axes in (left, right):
         axes.set_xlim(0, 1)
