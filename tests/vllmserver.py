@@ -26,6 +26,8 @@ from bootstrap import cache_dir
 READY_LIMIT_SECONDS = 300
 STOP_LIMIT_SECONDS = 20
 POLL_SECONDS = 0.05
+# Small steps, so that a short sample already crosses from one to the next.
+SMOLLM2_FLAGS = ("--dtype", "float32", "--max-model-len", "2048", "--max-num-batched-tokens", "128")
 
 
 @dataclass
@@ -138,13 +140,16 @@ def _group_of(pid: int) -> int | None:
     return int(group) if state != "Z" else None
 
 
+def cache_environment() -> dict[str, str]:
+    """Kept between sessions: what vLLM compiles with g++ on its first scoring (12 s)."""
+    return {"CLAAS_CACHE_DIR": str(cache_dir() / "teacher")}
+
+
 @pytest.fixture(scope="session")
 def teacher_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherServer]:
     """SmolLM2-135M-Instruct in float32 behind the whole server, one for the session."""
     log = tmp_path_factory.mktemp("teacher") / "log"
-    # Kept between sessions: what vLLM compiles with g++ on its first scoring (12 s).
-    cache = {"CLAAS_CACHE_DIR": str(cache_dir() / "teacher")}
-    # Small steps, so that a short sample already crosses from one to the next.
-    flags = ("--dtype", "float32", "--max-num-batched-tokens", "128")
-    with vllm_server(models.smollm2_dir(), *flags, log=log, environment=cache) as server:
+    # A short queue, so that a test can fill it in seconds.
+    environment = {**cache_environment(), "CLAAS_TEACHER_QUEUE_TOKENS": "2048"}
+    with vllm_server(models.smollm2_dir(), *SMOLLM2_FLAGS, log=log, environment=environment) as server:
         yield server

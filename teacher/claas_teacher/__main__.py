@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -22,7 +23,9 @@ from claas_teacher.defaults import (
     is_cpu_build,
     model_of,
     usable_cpus,
+    vocabulary_of,
 )
+from claas_teacher.memory import gpu_memory_utilization
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -76,7 +79,11 @@ def _serve(words: list[str], cpu: bool) -> None:
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="python -m claas_teacher", description=__doc__))
     parser.set_defaults(**flag_defaults(cpu, Path("/proc/cpuinfo").read_text()))
+    if not cpu:
+        parser.set_defaults(gpu_memory_utilization=None)
     options = parser.parse_args(words)
+    if not cpu and options.gpu_memory_utilization is None:
+        options.gpu_memory_utilization = _memory_share(options)
     if cpu and getattr(options, "kv_cache_memory_bytes", None) is None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))  # it would win over the flag
     try:
@@ -87,6 +94,20 @@ def _serve(words: list[str], cpu: bool) -> None:
         configure_logging_from_args(options)
     validate_parsed_serve_args(options)
     uvloop.run(run_server(options))
+
+
+def _memory_share(options: Namespace) -> float:
+    """`--gpu-memory-utilization` where the user left it open; asks the driver, and starts no CUDA."""
+    from vllm.platforms import current_platform
+
+    share = gpu_memory_utilization(
+        current_platform.get_device_total_memory(),
+        options.max_num_batched_tokens,
+        vocabulary_of(options.model),
+        options.max_logprobs,
+    )
+    print(f"claas_teacher: --gpu-memory-utilization {share:.2f}, the rest is for prompt logprobs", file=sys.stderr)
+    return share
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Pure but for the files it reads: the processor, the control group, the installed
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 MAX_LOGPROBS = 100  # `training.teacherTopK` goes that far; vLLM's own default is 20
-# Prompt logprobs take about tokens x vocabulary x 6 bytes that vLLM's memory profiling does not see: 1.9 GB at 2,048.
+# A larger step scores no faster, and prompt logprobs need memory by the token (memory.py).
 MAX_NUM_BATCHED_TOKENS = 2048
 CPU_KV_CACHE_GIB = 1  # scoring keeps nothing between requests; 23,000 tokens of SmolLM2-135M in fp32
 PROBED = "/health,/metrics,/claas/v1/ready"  # asked every few seconds: no line in the access log for each
 PLUGIN = "claas"
+WIDEST_VOCABULARY = 152_064
+QUEUE_TOKENS_VARIABLE = "CLAAS_TEACHER_QUEUE_TOKENS"
+QUEUE_TOKENS = 65_536  # seven seconds of a 32B on an H100; about 55 MB of answers with 100 logprobs
+SHUTDOWN_SECONDS = 45  # finishes what is under way; the chart's grace period is 60 s
 
 
 def is_cpu_build(environment: Mapping[str, str]) -> bool:
@@ -35,6 +40,19 @@ def is_cpu_build(environment: Mapping[str, str]) -> bool:
 def has_bf16(cpuinfo: str) -> bool:
     """Whether the processor multiplies bf16 (AVX-512 BF16, AMX, Arm's): else it is 6 times slower than float32."""
     return any(flag in cpuinfo.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def vocabulary_of(model: str) -> int:
+    """Rows of the vocabulary, from the model's folder; of a model that is not here yet, Qwen2.5's, the widest known."""
+    try:
+        return int(json.loads((Path(model) / "config.json").read_text())["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return WIDEST_VOCABULARY
+
+
+def queue_tokens(value: str | None, max_model_len: int) -> int:
+    """Tokens that may wait at once: `CLAAS_TEACHER_QUEUE_TOKENS`, and never less than the longest sample has."""
+    return max(int(value) if value else QUEUE_TOKENS, max_model_len)
 
 
 def usable_cpus(affinity: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -99,6 +117,7 @@ def flag_defaults(cpu: bool, cpuinfo: str) -> dict[str, Any]:
         "max_logprobs": MAX_LOGPROBS,
         "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
         "disable_access_log_for_endpoints": PROBED,
+        "shutdown_timeout": SHUTDOWN_SECONDS,
     }
     if cpu:
         flags["enforce_eager"] = True  # compiling takes a minute of the start, and scoring gains little

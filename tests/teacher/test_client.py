@@ -13,9 +13,16 @@ import numpy as np
 import pytest
 
 from claas_crds.reasons import Reason
-from claas_teacher import errors
+from claas_teacher import errors, wire
 from claas_teacher.client import TeacherClient
-from claas_teacher.errors import TeacherAnswerInvalid, TeacherError, TeacherRefused, TeacherUnavailable
+from claas_teacher.errors import (
+    TeacherAnswerInvalid,
+    TeacherError,
+    TeacherNonFinite,
+    TeacherRefused,
+    TeacherUnavailable,
+)
+from claas_teacher.scores import canonical
 
 INFO: dict[str, Any] = {
     "model": "small",
@@ -39,10 +46,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.infos += 1
-        self.reply(200, json.dumps(INFO).encode())
+        if self.path == "/v1/models":
+            self.reply(200, json.dumps({"data": [{"id": "small", "max_model_len": 256}]}).encode())
+        elif self.server.info is None:
+            self.reply(404, b'{"detail": "Not Found"}')
+        else:
+            self.reply(200, json.dumps({**self.server.info, "queue_tokens": self.server.queue_tokens}).encode())
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        content = self.rfile.read(int(self.headers["content-length"]))
+        framed = self.path == "/claas/v1/score"
+        body = {"frame": content, "headers": dict(self.headers)} if framed else json.loads(content)
         with self.server.lock:
             self.server.connections.add(self.client_address)
             self.server.bodies.append(body)
@@ -51,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             script = self.server.script
             behaviour = script.pop(0) if len(script) > 1 else script[0]
         try:
-            behaviour(self, answer_to(body))
+            behaviour(self, frame_answer(content) if framed else answer_to(body))
         finally:
             with self.server.lock:
                 self.server.in_flight -= 1
@@ -75,6 +89,8 @@ class Server(ThreadingHTTPServer):
         self.script: list[Behaviour] = [good]
         self.bodies: list[dict[str, Any]] = []
         self.connections: set[Any] = set()
+        self.info: dict[str, Any] | None = dict(INFO)
+        self.queue_tokens = 0
         self.infos = self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
         self.ending = threading.Event()
@@ -97,6 +113,23 @@ def answer_to(body: dict[str, Any]) -> bytes:
             {str(i): {"logprob": lp, "rank": 1, "decoded_token": ""} for i, lp in row.items()} if position else None
         )
     return json.dumps({"model": body["model"], "choices": [{"prompt_logprobs": rows}]}).encode()
+
+
+def frame_answer(frame: bytes) -> bytearray:
+    """What our route says; the same numbers as `answer_to`."""
+    request = wire.decode_request(frame)
+    answer = wire.Answer(request, frame)
+    for number, sample in enumerate(request.samples):
+        positions = len(sample.prompt) + np.arange(len(sample.response))
+        others = np.tile(np.arange(request.width), (len(positions), 1))
+        answer.put(
+            number,
+            canonical(
+                np.concatenate([sample.response[:, None], others], axis=1),
+                np.concatenate([-positions[:, None] / 100, -5.0 - others / 100], axis=1),
+            ),
+        )
+    return answer.frame
 
 
 def good(handler: Handler, content: bytes) -> None:
@@ -349,4 +382,178 @@ def test_a_url_that_is_none(url: str) -> None:
 def test_every_error_has_a_reason_of_the_api() -> None:
     for error in (TeacherError, *TeacherError.__subclasses__()):
         assert Reason(error.reason)
-    assert len(TeacherError.__subclasses__()) == len(errors.TeacherError.__subclasses__()) == 4
+    named = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, TeacherError)
+    }
+    assert len(named) == 7
+
+
+# By frames
+
+
+FRAMES = {**INFO, "wire_version": wire.VERSION, "request_tokens": 4096, "features": {"chosen_ids": True}}
+
+
+@pytest.fixture
+def framed(server: Server) -> Server:
+    server.info = FRAMES
+    return server
+
+
+def problem(code: int, reason: str, retryable: bool, **headers: str) -> Behaviour:
+    document = {"status": code, "reason": reason, "retryable": retryable, "detail": "because"}
+    return status(code, json.dumps(document).encode(), **headers)
+
+
+def test_a_frame_gives_the_arrays_that_json_gives(framed: Server) -> None:
+    samples = [(PROMPT, RESPONSE), ([200], [300]), (PROMPT * 9, RESPONSE * 7)]
+    with TeacherClient(framed.url) as client:
+        by_frames = client.score_batch(samples, 4)
+        assert len(framed.bodies) == 1  # one request for the batch
+        request = wire.decode_request(framed.bodies[0]["frame"])
+        assert (request.model, request.fingerprint, request.width) == ("small", "f" * 64, 4)
+        assert 0 < int(framed.bodies[0]["headers"]["Claas-Timeout-Ms"]) <= 120_000
+    framed.info = None  # a stock vLLM
+    with TeacherClient(framed.url) as client:
+        by_json = client.score_batch(samples, 4)
+        assert client.info().tokenizer_fingerprint is None
+    for one, other in zip(by_frames, by_json, strict=True):
+        for name in ("ids", "logprobs", "chosen", "tail"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            assert getattr(one, name).dtype == getattr(other, name).dtype
+
+
+def test_chosen_ids_travel_where_the_teacher_can_score_them(framed: Server) -> None:
+    chosen = [[5, 6, -1], [7, 8, 9]]
+    with TeacherClient(framed.url) as client:
+        client.score(PROMPT, RESPONSE, 3, chosen=chosen)
+        request = wire.decode_request(framed.bodies[0]["frame"])
+        assert request.chosen and request.samples[0].chosen is not None
+        assert request.samples[0].chosen.tolist() == chosen
+        with pytest.raises(TeacherRefused, match="shape"):
+            client.score(PROMPT, RESPONSE, 2, chosen=chosen)
+    framed.info = {**FRAMES, "features": {"chosen_ids": False}}
+    with TeacherClient(framed.url) as client, pytest.raises(TeacherRefused, match="support") as caught:
+        client.score(PROMPT, RESPONSE, 3, chosen=chosen)
+    assert caught.value.reason == Reason.INVALID_SPEC
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [status(500), problem(503, "TeacherUnavailable", True), cut, drop, status(502, b"<html>" * 50_000)],
+    ids=str,
+)
+def test_what_passes_is_tried_again_with_frames(framed: Server, failure: Behaviour) -> None:
+    framed.script = [failure, good]
+    with TeacherClient(framed.url) as client:
+        assert client.score(PROMPT, RESPONSE, 2).chosen.shape == (2,)
+    assert len(framed.bodies) == 2
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "reason"),
+    [
+        (problem(422, "PromptTooLong", False), TeacherRefused, Reason.PROMPT_TOO_LONG),
+        (problem(409, "TokenizerMismatch", False), TeacherRefused, Reason.TOKENIZER_MISMATCH),
+        (problem(409, "TeacherUnavailable", True), TeacherUnavailable, Reason.TEACHER_UNAVAILABLE),
+        (problem(500, "NonFiniteInput", False), TeacherNonFinite, Reason.NON_FINITE_INPUT),
+        (problem(501, "InvalidSpec", False), TeacherRefused, Reason.INVALID_SPEC),
+    ],
+    ids=str,
+)
+def test_what_another_try_cannot_mend_is_raised_at_once(
+    framed: Server, failure: Behaviour, error: type[TeacherError], reason: Reason
+) -> None:
+    framed.script = [failure]
+    with TeacherClient(framed.url) as client, pytest.raises(error, match="because") as caught:
+        client.score(PROMPT, RESPONSE, 2)
+    assert caught.value.reason == reason
+    assert len(framed.bodies) == 1
+
+
+def lie(handler: Handler, content: bytes) -> None:
+    """The right answer to another request."""
+    other = wire.encode_request(wire.Request((wire.Sample(np.int32([9]), np.int32([8, 7])),), 2, model="small"))
+    handler.reply(200, bytes(frame_answer(other)))
+
+
+def flood(handler: Handler, content: bytes) -> None:
+    handler.reply(200, bytes(content) + bytes(1 << 20))
+
+
+@pytest.mark.parametrize("failure", [lie, flood, status(200, b"CLSA"), status(200, b"")])
+def test_a_lying_answer_is_a_named_error_and_no_array(framed: Server, failure: Behaviour) -> None:
+    framed.script = [failure]
+    with TeacherClient(framed.url) as client, pytest.raises(TeacherAnswerInvalid):
+        client.score(PROMPT, RESPONSE, 2)
+
+
+def test_tokens_in_flight_are_bounded(framed: Server) -> None:
+    with TeacherClient(framed.url, in_flight_tokens=60, concurrency=8) as client:
+        found = client.score_batch([([1] * 10, [n] * 15) for n in range(9)], 2)
+    assert [len(scores.chosen) for scores in found] == [15] * 9
+    assert sorted(wire.decode_request(body["frame"]).tokens for body in framed.bodies) == [25, 50, 50, 50, 50]
+    assert framed.most_in_flight == 1  # 50 and 50 do not fit into 60
+
+
+@pytest.fixture
+def three() -> Iterator[list[Server]]:
+    """Three replicas of one teacher."""
+    servers = [Server() for _ in range(3)]
+    threads = [threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.01}) for one in servers]
+    for one, thread in zip(servers, threads, strict=True):
+        one.info = FRAMES
+        thread.start()
+    try:
+        yield servers
+    finally:
+        for one, thread in zip(servers, threads, strict=True):
+            one.ending.set()
+            one.shutdown()
+            one.server_close()
+            thread.join(10)
+
+
+def test_the_replica_with_the_fewest_tokens_waiting_is_asked(three: list[Server]) -> None:
+    for one, waiting in zip(three, (500, 20, 300), strict=True):
+        one.queue_tokens = waiting
+    with TeacherClient(",".join(one.url for one in three)) as client:
+        client.score(PROMPT, RESPONSE, 2)
+    assert [len(one.bodies) for one in three] == [0, 1, 0]
+
+
+def test_a_batch_is_shared_by_the_replicas(three: list[Server]) -> None:
+    gate = threading.Barrier(3)
+
+    def together(handler: Handler, content: bytes) -> None:
+        gate.wait(10)  # breaks unless each replica works at the same time
+        handler.reply(200, bytes(content))
+
+    for one in three:
+        one.script = [together]
+    with TeacherClient([one.url for one in three]) as client:
+        found = client.score_batch([(PROMPT, RESPONSE)] * 9, 2)
+    assert len(found) == 9
+    assert [len(one.bodies) for one in three] == [1, 1, 1]
+
+
+def test_what_one_replica_refuses_another_gets_at_once(three: list[Server]) -> None:
+    three[0].script = [problem(429, "TeacherUnavailable", True, retry_after="30")]
+    three[1].script = [drop]
+    three[2].queue_tokens = 1000  # the last that is tried
+    with TeacherClient([one.url for one in three]) as client:
+        client.info()
+        started = time.monotonic()
+        client.score(PROMPT, RESPONSE, 2)
+    assert time.monotonic() - started < 5
+    assert len(three[2].bodies) == 1
+
+
+def test_a_replica_that_is_gone_is_passed_over_and_found_again(three: list[Server]) -> None:
+    gone = three[0]
+    gone.shutdown()
+    gone.server_close()
+    with TeacherClient([one.url for one in three], attempts=2) as client:
+        for _ in range(4):
+            client.score(PROMPT, RESPONSE, 2)
+    assert sum(len(one.bodies) for one in three[1:]) == 4

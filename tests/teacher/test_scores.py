@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from claas_teacher.errors import TeacherAnswerInvalid, TeacherError, TeacherNonFinite
-from claas_teacher.scores import MINUS_INFINITY, from_prompt_logprobs
+from claas_teacher.scores import MINUS_INFINITY, canonical, from_prompt_logprobs
 
 Row = dict[str, dict[str, Any]]
 
@@ -112,3 +112,30 @@ def test_no_answer_is_a_crash(rows: object) -> None:
     except TeacherError:
         return
     assert 5 in scores.ids
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(0, 2**32), st.booleans())
+def test_canonical_is_what_a_stable_sort_gives(width: int, seed: int, repeat: bool) -> None:
+    rng = np.random.default_rng(seed)
+    n = 4
+    ids = np.stack([rng.permutation(40)[: width + 1] for _ in range(n)])
+    logprobs = np.log(rng.dirichlet(np.ones(width + 2), n))[:, :-1].astype(np.float32).round(1)  # ties
+    logprobs[rng.random(logprobs.shape) < 0.2] = -np.inf
+    if repeat:
+        ids[:, -1], logprobs[:, -1] = ids[:, 0], logprobs[:, 0]
+    scores = canonical(ids, logprobs)
+    for t in range(n):
+        row = sorted({(-lp, i) for i, lp in zip(ids[t].tolist(), logprobs[t].tolist(), strict=True)})
+        real = scores.ids[t] >= 0
+        assert [i for _, i in row] == scores.ids[t][real].tolist()
+        assert [-lp for lp, _ in row] == scores.logprobs[t][real].tolist()
+        assert not real[len(row) :].any()
+        assert scores.chosen[t] == logprobs[t, 0]
+        assert scores.tail[t] == pytest.approx(max(0, 1 - sum(math.exp(-lp) for lp, _ in row)), abs=1e-6)
+
+
+def test_canonical_keeps_the_bits_of_every_logprob() -> None:
+    given_bits = np.array([[0x80000000, 0x00000000, 0xBF800000, 0x80000001, 0xFF7FFFFF, 0xFF800000]], np.uint32)
+    scores = canonical(np.arange(6)[None, :], given_bits.view(np.float32))
+    assert scores.logprobs[0].tolist() == [0, 0, -1.401298464324817e-45, -1, -math.inf, -math.inf]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +11,12 @@ import httpx
 import numpy as np
 import pytest
 
-from claas_teacher.client import TeacherClient
+from claas_teacher import wire
+from claas_teacher.client import QUEUE_HEADER, SCORE_PATH, TIMEOUT_HEADER, TeacherClient
 from claas_teacher.errors import TeacherRefused
 from claas_teacher.fingerprint import fingerprint
 from claas_teacher.scores import Scores
+from stockserver import stock
 from vllmserver import TeacherServer
 
 pytestmark = pytest.mark.vllm
@@ -110,6 +114,11 @@ def test_info_names_the_tokenizer_that_others_load(
     assert info.max_logprobs == 100
     assert info.vocab_size == len(tokenizer)
     assert info.dtype == "float32"
+    assert info.frames
+    found = httpx.get(f"{teacher_server.url}/claas/v1/info", timeout=60).json()
+    # vLLM hands out its tensors; only a GPU's V2 runner gathers chosen ids.
+    assert found["features"] == {"arrays": True, "chosen_ids": False}
+    assert found["queue_tokens"] == 0
 
 
 def test_its_limits_are_refused_by_the_server_as_the_client_foretells(
@@ -138,3 +147,109 @@ def test_no_text_and_no_ids_reach_the_log(teacher_server: TeacherServer, client:
     assert "/v1/completions" in log  # it is the log
     assert "factorial" not in log
     assert ", ".join(map(str, response[:4])) not in log
+
+
+def frame_of(*samples: tuple[list[int], list[int]], width: int = 20) -> bytes:
+    made = (wire.Sample(np.array(prompt, np.int32), np.array(response, np.int32)) for prompt, response in samples)
+    return wire.encode_request(wire.Request(tuple(made), width))
+
+
+@pytest.mark.parametrize("k", [1, 20, 100])
+def test_frames_are_what_a_stock_vllm_says_in_json(
+    client: TeacherClient, teacher_server: TeacherServer, samples: Any, k: int
+) -> None:
+    """One by one, so that the engine computes the same both times; other batches differ by rounding."""
+    with stock(teacher_server.url) as url, TeacherClient(url) as by_json:
+        assert not by_json.info().frames
+        for prompt, response in samples:
+            one, other = client.score(prompt, response, k), by_json.score(prompt, response, k)
+            np.testing.assert_array_equal(one.ids, other.ids)
+            for name in ("logprobs", "chosen", "tail"):
+                np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-6, rtol=0)
+
+
+def test_the_rows_and_the_tail_are_a_distribution(client: TeacherClient, model: Any, samples: Any) -> None:
+    for prompt, response in samples:
+        scores = client.score(prompt, response, 100)
+        mass = np.exp(scores.logprobs.astype(np.float64)).sum(1)
+        np.testing.assert_allclose(mass + scores.tail, 1, atol=1e-5)
+        expected = np.exp(reference(model, prompt, response).astype(np.float64))
+        for t in range(len(response)):
+            others = np.delete(expected[t], scores.ids[t][scores.ids[t] >= 0]).sum()
+            assert scores.tail[t] == pytest.approx(others, abs=1e-4)
+
+
+def test_a_deadline_ends_the_scoring_in_the_engine(teacher_server: TeacherServer) -> None:
+    body = frame_of(([5] * 1000, [6] * 1000))
+    answer = httpx.post(f"{teacher_server.url}{SCORE_PATH}", content=body, headers={TIMEOUT_HEADER: "200"}, timeout=60)
+    assert (answer.status_code, answer.json()["reason"]) == (504, "TeacherUnavailable")
+    assert answer.headers[QUEUE_HEADER] == "0"
+    started = time.monotonic()
+    assert httpx.post(f"{teacher_server.url}{SCORE_PATH}", content=frame_of(([5], [6])), timeout=60).status_code == 200
+    assert time.monotonic() - started < 3  # 2,000 tokens would take longer
+
+
+def test_metrics_count_scorings_beside_vllms_own(client: TeacherClient, teacher_server: TeacherServer) -> None:
+    def read() -> tuple[str, float]:
+        text = httpx.get(f"{teacher_server.url}/metrics", timeout=60).text
+        rows = [line for line in text.splitlines() if line.startswith("claas_teacher_rows_total")]
+        return text, float(rows[0].split()[1])
+
+    _, before = read()
+    client.score([1, 2], [3, 4, 5], 2)
+    text, after = read()
+    assert after - before == 3
+    for name in (
+        "claas_teacher_seconds_bucket",
+        'requests_total{code="200",reason="OK"}',
+        "queue_tokens",
+        "engine_tokens",
+    ):
+        assert name in text
+    assert "vllm:num_requests_running" in text
+
+
+async def test_200_at_once_are_served_or_told_to_come_again(teacher_server: TeacherServer) -> None:
+    """Bounded memory, short ones do not wait for long ones, and what does not fit gets 429 with a time to wait."""
+    rng = np.random.default_rng(5)
+    lengths = [96 if number % 2 else 8 for number in range(200)]  # 10,400 tokens; 2,048 may wait
+    before = teacher_server.resident_bytes()
+    limits = httpx.Limits(max_connections=200)
+    async with httpx.AsyncClient(base_url=teacher_server.url, limits=limits, timeout=120) as http:
+        started = time.monotonic()
+
+        async def ask(tokens: int) -> tuple[int, float, int]:
+            ids = rng.integers(0, 40_000, tokens).tolist()
+            answer = await http.post(SCORE_PATH, content=frame_of((ids[:2], ids[2:]), width=100))
+            if answer.status_code == 429:
+                assert int(answer.headers["retry-after"]) >= 1
+                assert answer.json()["reason"] == "TeacherUnavailable"
+            return answer.status_code, time.monotonic() - started, int(answer.headers[QUEUE_HEADER])
+
+        answers = await asyncio.gather(*map(ask, lengths))
+        peak = teacher_server.resident_bytes()
+        spent = time.monotonic() - started
+    by_code = {code: sum(1 for found, _, _ in answers if found == code) for code in (200, 429)}
+    assert sum(by_code.values()) == 200
+    assert by_code[200] >= 20 and by_code[429] >= 40
+    assert max(queue for _, _, queue in answers) <= 2048
+    waits = {
+        length: [at for (code, at, _), of in zip(answers, lengths, strict=True) if of == length and code == 200]
+        for length in (8, 96)
+    }
+    print(
+        f"{by_code} in {spent:.1f} s; median of short {np.median(waits[8]):.2f} s, of long {np.median(waits[96]):.2f} s"
+    )
+    assert np.median(waits[8]) < np.median(waits[96])
+    assert peak - before < 300 << 20
+
+
+def test_the_client_waits_its_turn_where_the_queue_is_full(teacher_server: TeacherServer, samples: Any) -> None:
+    """Twice what may wait, from one client: none is lost."""
+    prompt, response = samples[1]
+    count = 4096 // (len(prompt) + len(response)) + 1
+    with TeacherClient(teacher_server.url, timeout_s=240, attempts=50, in_flight_tokens=4096, concurrency=8) as many:
+        found = many.score_batch([(prompt, response)] * count, 5)
+    assert len(found) == count
+    for scores in found:
+        np.testing.assert_allclose(scores.chosen, found[0].chosen, atol=TOLERANCE, rtol=0)

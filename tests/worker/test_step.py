@@ -26,7 +26,7 @@ from claas_store.errors import AlreadyExists, NotFound
 from claas_store.stores import open_store
 from claas_store.version import read_version, write_version
 from claas_worker import errors
-from claas_worker.job import InvalidSpec, Job, Unfit, failure
+from claas_worker.job import Job, Unfit, failure
 from claas_worker.render import Limits, render
 from claas_worker.sdpo import logprobs_from_hidden, sdpo_loss_from_hidden, topk_from_hidden
 from claas_worker.student import Student
@@ -593,11 +593,6 @@ def test_mode_provided_learns_from_the_callers_logprobs(trainee: Trainee) -> Non
     assert result.metadata.jsd_reg == 0 and result.metadata.jsd is not None and result.metadata.jsd > 0
     assert result.metadata.teacher_mode == "Provided"
     assert result.metadata.frac_positive_advantage == 1.0  # a random model gives each of these tokens less than e^-2
-
-
-def test_support_student_needs_a_teacher_that_can(trainee: Trainee) -> None:
-    with pytest.raises(InvalidSpec, match=r"spec\.teacher\.support"):
-        trainee.run(trainee.adapter("a"), teacher={"mode": "Server", "support": "student"})
 
 
 # What may not be loaded (the rest is in test_bank.py)

@@ -6,10 +6,13 @@ adapter, shown that context and asked about its own top-K, as in the paper. Prov
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from claas_crds.request import Sample
@@ -41,12 +44,19 @@ class Scorer:
     def __init__(self, student: Student, client: TeacherClient | None) -> None:
         self._student, self._client = student, client
         self._texts = TokenTexts(student.tokenizer)
+        self._one_forward = threading.Lock()  # requests ask the teacher side by side; the student is one
         self._checked: set[str] = set()  # teachers' tokenizer fingerprints that are ours
 
-    def server(self, questions: Sequence[Question], k: int) -> tuple[list[Scored], str]:
-        """The teacher's top-K of each response, and its model's id.
+    def server(
+        self, questions: Sequence[Question], k: int, adapter: Adapter | None = None
+    ) -> tuple[list[Scored], str]:
+        """The teacher's view of each response, on its own top-K, and its model's id.
+
+        Args:
+            adapter: support: student, on the top-K of the student with this adapter instead.
 
         Raises:
+            InvalidSpec: the student's top-K is wanted, and this teacher cannot score chosen ids.
             TeacherUnavailable: no answer; or this worker knows no teacher.
             TokenizerMismatch: its ids mean other tokens than ours.
             TeacherError: the sample is beyond its limits (its `reason` says which), or its answer is none.
@@ -61,7 +71,18 @@ class Scorer:
                     "tokens must be equal; choose a teacher of the student's family, or teacher.mode Self"
                 )
             self._checked.add(info.tokenizer_fingerprint)
-        scores = self._client.score_batch([question.teacher for question in questions], k)
+        chosen = None
+        if adapter is not None:
+            if not info.chosen_ids:
+                raise InvalidSpec(
+                    "spec.teacher.support student: this teacher cannot score chosen ids (vLLM from 0.32 on, a GPU and "
+                    "its V2 runner can); leave support out"
+                )
+            with self._one_forward:
+                supports = self._student_topk(questions, [adapter] * len(questions), [k] * len(questions))
+            chosen = [_known(ids, info.vocab_size) for ids in supports]
+        asked = [(question.teacher.prefix_ids, question.teacher.response_ids) for question in questions]
+        scores = self._client.score_batch(asked, k, chosen=chosen)
         return [Scored(torch.from_numpy(s.ids).long(), torch.from_numpy(s.logprobs)) for s in scores], info.model
 
     def self(self, questions: Sequence[Question], adapters: Sequence[Adapter], ks: Sequence[int]) -> list[Scored]:
@@ -70,18 +91,26 @@ class Scorer:
         The questions may be of several requests: each has its adapter and its K.
         """
         student = self._student
-        supports: dict[int, Tensor] = {}
+        supports = self._student_topk(questions, adapters, ks)
         scored: dict[int, Scored] = {}
-
-        def take_support(index: int, hidden: Tensor) -> None:
-            supports[index], _ = topk_from_hidden(hidden, student.head, ks[index])  # (N, K)
 
         def take_scores(index: int, hidden: Tensor) -> None:
             scored[index] = Scored(supports[index], logprobs_from_hidden(hidden, student.head, supports[index]))
 
-        student.map_hidden([question.student for question in questions], adapters, take_support)
         student.map_hidden([question.teacher for question in questions], adapters, take_scores)
         return [scored[index] for index in range(len(questions))]
+
+    def _student_topk(
+        self, questions: Sequence[Question], adapters: Sequence[Adapter], ks: Sequence[int]
+    ) -> list[Tensor]:
+        """(N, K) ids of each response: the most likely ones of the student with that question's adapter."""
+        supports: dict[int, Tensor] = {}
+
+        def take(index: int, hidden: Tensor) -> None:
+            supports[index], _ = topk_from_hidden(hidden, self._student.head, ks[index])  # (N, K)
+
+        self._student.map_hidden([question.student for question in questions], adapters, take)
+        return [supports[index] for index in range(len(questions))]
 
     def provided(
         self, questions: Sequence[Question], samples: Sequence[Sample], dropped: Sequence[int]
@@ -99,3 +128,9 @@ class Scorer:
                 raise InvalidSpec(f"{where} is missing: teacher.mode Provided needs it in every sample")
             scored.append(parse(sample.teacher_logprobs, question.teacher.response_ids, rest, self._texts, where))
         return scored, ""
+
+
+def _known(ids: Tensor, vocab_size: int | None) -> NDArray[np.int64]:
+    """The ids with those that the teacher has no row for made padding."""
+    kept: NDArray[np.int64] = ids.masked_fill(ids >= (vocab_size or 1 << 31), -1).cpu().numpy()
+    return kept

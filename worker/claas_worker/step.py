@@ -145,10 +145,9 @@ class TrainingStep:
         attempt.clock.lap("load_ms")
 
     def _ask_teacher(self, attempt: Attempt) -> None:
-        """Mode Server: the teacher's top-K of each response, and who it was."""
-        if attempt.job.spec.teacher.support == "student":
-            raise InvalidSpec("spec.teacher.support student: this teacher cannot score chosen ids; leave support out")
-        attempt.take(*self._scorer.server(attempt.questions(), attempt.training.teacher_top_k))
+        """Mode Server: the teacher's view of each response, and who it was."""
+        adapter = attempt.adapter if attempt.job.spec.teacher.support == "student" else None
+        attempt.take(*self._scorer.server(attempt.questions(), attempt.training.teacher_top_k, adapter))
 
     def _take_provided(self, attempt: Attempt) -> None:
         """Mode Provided: what the samples bring along."""
