@@ -96,6 +96,23 @@ def test_the_operator_understands_its_settings(rendered: list[Object]) -> None:
     assert int(port) == service["spec"]["ports"][0]["port"]
 
 
+def test_several_teachers_are_found_one_by_one(helm: Helm) -> None:
+    objects = helm.render("--set", "teacher.replicas=3")
+    url = settings_of(objects)["teacher"]["url"]
+    service = only(objects, "Service", "claas-teacher-replicas")["spec"]
+    assert url == "http://claas-teacher-replicas.claas-system.svc:8000"
+    assert service["clusterIP"] == "None"  # DNS gives the Pods' addresses
+    assert service["selector"] == only(objects, "Service", "claas-teacher")["spec"]["selector"]
+    assert service["ports"][0]["port"] == 8000
+
+
+def test_the_teacher_is_not_killed_before_it_has_finished(helm: Helm) -> None:
+    from claas_teacher.defaults import SHUTDOWN_SECONDS
+
+    teacher = only(helm.render(), "Deployment", "claas-teacher")["spec"]["template"]["spec"]
+    assert teacher["terminationGracePeriodSeconds"] > SHUTDOWN_SECONDS
+
+
 def test_workers_find_the_model_where_the_fetch_job_puts_it(rendered: list[Object]) -> None:
     settings = settings_of(rendered)
     fetch = next(o for o in rendered if o["kind"] == "Job" and "fetch-model" in o["metadata"]["name"])

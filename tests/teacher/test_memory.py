@@ -15,7 +15,7 @@ def test_two_bytes_of_logits_and_four_of_their_softmax() -> None:
     assert prompt_logprobs_bytes(2048, QWEN, 100) / GIB == pytest.approx(1.745, abs=0.005)
 
 
-@pytest.mark.parametrize(("total", "share"), [(A100, 0.90), (H100, 0.90), (H200, 0.94)])
+@pytest.mark.parametrize(("total", "share"), [(A100, 0.90), (80 * GIB, 0.90), (H100, 0.90), (H200, 0.94)])
 def test_the_share_of_a_32b(total: int, share: float) -> None:
     assert gpu_memory_utilization(total, 2048, QWEN, 100) == share
 

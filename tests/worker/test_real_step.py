@@ -132,6 +132,24 @@ def test_a_teacher_of_another_tokenizer_is_refused(
             trainee.run(trainee.adapter("a"), teacher={"mode": "Server"})
 
 
+def test_support_student_needs_a_teacher_that_can(adapter: str, teacher_server: TeacherServer) -> None:
+    from claas_worker.job import InvalidSpec
+    from claas_worker.score import Question, Scorer
+    from claas_worker.student import Context, Student
+
+    student = Student.load(models.smollm2_dir(), base_model=BASE_MODEL, device="cpu", threads=2)
+    version = read_version(adapter)
+    resident = student.bank.add("a", version.config, version.tensors)
+    context = Context([1, 2, 3], [4, 5])
+    with TeacherClient(teacher_server.url) as client:
+        scorer = Scorer(student, client)
+        with pytest.raises(InvalidSpec, match=r"spec\.teacher\.support student"):
+            scorer.server([Question(context, context)], 5, resident)
+        (scored,), model = scorer.server([Question(context, context)], 5)
+    assert model == teacher_server.model
+    assert scored.support_ids.shape == (2, 6)
+
+
 def test_a_warm_step_of_64_tokens_is_fast(adapter: str, teacher_server: TeacherServer, record_property: Any) -> None:
     """Two cores, teacher and object store included: issue 3 asks for 15 s from apply to Complete."""
     from claas_crds.request import DistillRequestSpec, Parent

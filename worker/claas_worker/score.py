@@ -47,9 +47,7 @@ class Scorer:
         self._one_forward = threading.Lock()  # requests ask the teacher side by side; the student is one
         self._checked: set[str] = set()  # teachers' tokenizer fingerprints that are ours
 
-    def server(
-        self, questions: Sequence[Question], k: int, adapter: Adapter | None = None
-    ) -> tuple[list[Scored], str]:
+    def server(self, questions: Sequence[Question], k: int, adapter: Adapter | None = None) -> tuple[list[Scored], str]:
         """The teacher's view of each response, on its own top-K, and its model's id.
 
         Args:

@@ -153,7 +153,7 @@ a changed source can never be taken for the old one.
 
 {{- define "claas.teacherUrl" -}}
 {{- if .Values.teacher.enabled -}}
-http://{{ .Release.Name }}-teacher.{{ .Release.Namespace }}.svc:8000
+http://{{ .Release.Name }}-teacher{{ if gt (int .Values.teacher.replicas) 1 }}-replicas{{ end }}.{{ .Release.Namespace }}.svc:8000
 {{- else -}}
 {{ .Values.teacher.url }}
 {{- end -}}
