@@ -48,6 +48,7 @@ learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (h
 	$(PY) -m learning run --preferences brief,friend,excited,because --out build/learning.json
 	$(PY) -m learning plot --out build/learning.json
 	$(PY) -m learning verdict --out build/learning.json
+
 .PHONY: kills
 kills: env ## kill a teacher's engine in the middle of a scoring, ten times (10 minutes)
 	CLAAS_KILLS=10 $(PY) -m pytest tests/teacher/test_deaths.py -q -s
