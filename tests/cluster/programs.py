@@ -111,7 +111,7 @@ def _there(file: str) -> bool:
 def ensure_kube() -> Path:
     """The folder with kube, containerd, containerd-shim-runc-v2, ctr, coredns and pause.tar.
 
-    Cold, the build took 12 minutes on two cores (2026-11-23, with all of CoreDNS' plugins); one line of progress each 15 s.
+    Cold, the build took 12 minutes on two cores (2026-11-23, then with all of CoreDNS' plugins).
     """
     _, go = _go()
     sources = [SOURCES / name / file for name in ("kube", "coredns") for file in ("main.go", "go.mod", "go.sum")]
