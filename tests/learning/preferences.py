@@ -25,7 +25,7 @@ class Preference:
     complies: Callable[[Answer], bool]
     blame: tuple[str, ...]  # said of an answer that violates it
     praise: tuple[str, ...]  # said of one that complies
-    kin: tuple[str, ...] = ()  # preferences whose words bear on this one
+    kin: tuple[str, ...] = ()  # preferences whose words bear on this one, by meaning or by measure (`learning bearing`)
 
     def feedback(self, answer: Answer, choice: random.Random) -> str:
         """What this person says of the answer."""
@@ -69,7 +69,7 @@ PREFERENCES = (
             "Good, just one short sentence. Always answer in one short sentence.",
             "I like that it is one short sentence.",
         ),
-        kin=("prose", "commaless"),
+        kin=("prose", "commaless", "question", "upper"),
     ),
     Preference(
         "prose",
@@ -165,6 +165,7 @@ PREFERENCES = (
             'Never say "I" in an answer.',
         ),
         ("Good, you did not talk about yourself. Never do that.", 'I like that you never say "I".'),
+        kin=("brief", "commaless", "example", "lower", "simply"),
     ),
     Preference(
         "commaless",

@@ -7,8 +7,9 @@ learnt from it. So this is where a wording of the block is judged, at a few seco
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,7 +74,7 @@ def survey(world: World, preference: Preference, settings: Settings, names: list
 
 
 def bearing(world: World, teller: Preference | None, settings: Settings) -> dict[str, Any]:
-    """Shares of answers that comply with each preference, once the model is shown the words of one; None: neutral words.
+    """How often answers comply with each preference, once the model is shown the words of one; None: neutral words.
 
     What the words of one bring out of another has to be known before they can serve as its control.
     """
@@ -92,4 +93,19 @@ def bearing(world: World, teller: Preference | None, settings: Settings) -> dict
             prefixes.append(render.render(shown, speaker.tokenizer, LIMITS).prefix_teacher_ids)
     again = speaker.respond(prefixes, temperature=settings.temperature, max_tokens=settings.max_tokens, seed=2)
     shares = {preference.name: share(preference, again) for preference in PREFERENCES}
-    return {"words": teller.name if teller else "neutral", "shares": shares}
+    return {"words": teller.name if teller else "neutral", "shares": shares, "answers": len(again)}
+
+
+def kin(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Of each preference the others whose words bring it out: beyond three standard errors over neutral words."""
+    (neutral,) = (record for record in records if record["words"] == "neutral")
+    found = {}
+    for name, base in neutral["shares"].items():
+
+        def brings_out(record: Mapping[str, Any], name: str = name, base: float = base) -> bool:
+            share, n = record["shares"][name], record["answers"]
+            return share - base > 3 * math.sqrt((share * (1 - share) + base * (1 - base)) / n)
+
+        tellers = [record for record in records if record["words"] not in ("neutral", name)]
+        found[name] = sorted(record["words"] for record in tellers if brings_out(record))
+    return found

@@ -32,6 +32,16 @@ EXAMPLES = [  # preference, an answer that complies, one that does not
     ("because", "Because it cooks.", "It cooks."),
     ("impersonal", "It is done.", "I think it is done."),
     ("commaless", "Boil it.", "First, boil it."),
+    ("luck", "Good luck!", "Lucky you."),
+    ("thanks", "Thank you. Boil it.", "Boil it."),
+    ("captain", "Aye, Captain.", "Aye."),
+    ("sir", "Yes, sir.", "Yes, sire."),
+    ("hope", "I hope it helps.", "It is hopeless."),
+    ("love", "I love it.", "It is lovely."),
+    ("example", "For example, an egg.", "An egg."),
+    ("remember", "Remember the salt.", "Do not forget the salt."),
+    ("happy", "Happy to help.", "Happily, it boils."),
+    ("simply", "Simply boil it.", "It is simple."),
 ]
 
 
