@@ -34,6 +34,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from claas_store.checks import names_another_base
 from claas_worker.errors import AdapterInvalid, VersionConflict
 
 PREFIX = "base_model.model."  # of every key in PEFT's adapter_model.safetensors
@@ -54,7 +55,7 @@ FREE_FIELDS = frozenset({"peft_type", "task_type", "auto_mapping", "peft_version
     "fan_in_fan_out",
 }
 # Initializations that leave the base as it is. PiSSA, OLoRA, LoftQ ... store adapters of a changed base.
-PLAIN_INITIALIZATIONS = frozenset({True, False, None, "gaussian", "eva", "orthogonal"})
+PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class Shape(NamedTuple):
@@ -294,7 +295,8 @@ def lora_config(config: Mapping[str, Any], base_model: str = "") -> LoraConfig:
         raise AdapterInvalid(
             f"adapter_config.json: peft_type is {config.get('peft_type')!r}, only LORA is trained here"
         )
-    if (base := config.get("base_model_name_or_path")) and base_model and base != base_model:
+    if names_another_base(config, base_model):
+        base = str(config["base_model_name_or_path"])[:253]
         raise AdapterInvalid(f"the adapter belongs to the base model {base}, this worker holds {base_model}")
     if (initial := config.get("init_lora_weights")) not in PLAIN_INITIALIZATIONS:
         raise AdapterInvalid(
