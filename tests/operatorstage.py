@@ -244,7 +244,8 @@ class Stage:
         self.api("DELETE", self.adapter_path(name))
 
     def adapter_path(self, name: str = "coder") -> str:
-        return f"{GROUP}/namespaces/{self.team}/{names.ADAPTER_PLURAL}/{name}"
+        """An adapter's path; without a name, that of all."""
+        return f"{GROUP}/namespaces/{self.team}/{names.ADAPTER_PLURAL}/{name}".rstrip("/")
 
     def condition(self, kind: str, name: str = "coder") -> Raw:
         """A condition of an adapter; empty when it has none of the type."""
@@ -266,10 +267,13 @@ class Stage:
             return bool(fresh)
 
         self.wait(f"a Pod for {name}", appeared, seconds)
-        phase = "Succeeded" if answer["ok"] else "Failed"
-        self.end_pod(fresh[0]["metadata"]["name"], "operation", json.dumps(answer), phase)
+        self.run_pod(fresh[0]["metadata"]["name"], answer)
         arguments: list[str] = fresh[0]["spec"]["containers"][0]["args"]
         return arguments
+
+    def run_pod(self, name: str, answer: Raw) -> None:
+        """The Pod of an operation ends with this answer."""
+        self.end_pod(name, "operation", json.dumps(answer), "Succeeded" if answer["ok"] else "Failed")
 
     @contextlib.contextmanager
     def store(self, environment: Mapping[str, str]) -> Iterator[None]:
