@@ -1,14 +1,15 @@
-"""The operator killed at every write of a rollback, a fork, a deletion and a collection: the next one goes on, nothing is
-lost, and the end is the same.
+"""The operator killed at every write of a rollback, a fork, a deletion and a collection: the next one goes on, nothing
+is lost, and the end is the same.
 
-Each turn is a fresh operator: it lists everything, plans once, and acts. One that is mortal dies at its n-th write, just
-before it or just after it (then the API server has it, and nobody knows). In memory every n is tried; on the real API
-server an operator lives for one write.
+Each turn is a fresh operator: it lists everything, plans once, and acts. One that is mortal dies at its n-th write,
+just before it or just after it (then the API server has it, and nobody knows). In memory every n is tried; on the real
+API server an operator lives for one write.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -193,10 +194,8 @@ class Memory(World):
     def operate(self, at: int = 0, when: When = "after") -> int:
         mortal = Mortal(self.api, at, when)
         self.now += timedelta(seconds=30)
-        try:
+        with contextlib.suppress(Killed):
             asyncio.run(turn(mortal, settings(), self.now))
-        except Killed:
-            pass
         return mortal.writes
 
 
@@ -241,9 +240,8 @@ class Server(World):
             api: Api = await connect()
             mortal = Mortal(api, at, when)
             try:
-                await turn(mortal, self.settings, datetime.now(UTC))
-            except Killed:
-                pass
+                with contextlib.suppress(Killed):
+                    await turn(mortal, self.settings, datetime.now(UTC))
             finally:
                 await api.close()
             return mortal.writes
@@ -366,14 +364,12 @@ def test_an_operator_that_dies_at_every_write_gets_there_on_the_real_api_server(
     monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig_of(OPERATOR)))
     world = Server(stage)
     story.begin(world)
-    for turns in range(TURNS):
+    for _ in range(TURNS):
         world.operate(1, "after")
         world.nothing_is_lost()
         world.kubelet()
         world.nothing_is_lost()
         if story.over(world):
             break
-    assert story.over(world), f"not there after {turns} turns"
+    assert story.over(world), f"not there after {TURNS} turns"
     story.check(world)
-
-

@@ -21,6 +21,7 @@ from claas_operator.actions import (
     Say,
     StartDeletion,
     StartJob,
+    StopJob,
 )
 from claas_operator.jobs import OPERATION_STEMS
 from claas_operator.plan import Plan
@@ -243,7 +244,9 @@ def test_another_namespace_s_version_is_forked_only_where_that_is_allowed() -> N
     assert isinstance(say, Describe)
     ready = condition(say.status, "Ready")
     assert ready["reason"] == Reason.STORAGE_DENIED
-    assert "spec.initFrom.uri must lie below a storage prefix of namespace team: s3://adapters/team/" in ready["message"]
+    assert (
+        "spec.initFrom.uri must lie below a storage prefix of namespace team: s3://adapters/team/" in ready["message"]
+    )
     for allowed in ({"namespace": "team", "uri": "s3://adapters/alice/"}, {"uri": "s3://adapters/alice/"}):
         assert about(Plan(refused_from(theirs, [allowed]), None, False, []), StartJob)
     assert not about(
@@ -370,6 +373,21 @@ def test_the_way_out_is_to_retain() -> None:
     kept["spec"] = kept["spec"] | {"deletionPolicy": "Retain"}
     assert [type(a) for a in decide(kept).actions] == [Finalize]
     assert finalizers(decide(kept)) == ()
+
+
+def test_a_deletion_that_is_called_off_stops_its_job_first() -> None:
+    """Or it would go on deleting what the next adapter at that uri has made by then."""
+    kept = held_back(deleted=True)
+    kept["spec"] = kept["spec"] | {"deletionPolicy": "Retain"}
+    running, at_it = create_job("destroy"), answer_pod("claas-destroy-uidcoder-1", "", "Running")
+    stop = only(decide(kept, running, at_it), StopJob)
+    assert isinstance(stop, StopJob)
+    assert stop.about == f"{HOME}/claas-destroy-uidcoder-1"
+    assert not decide(kept, at_it).actions, "its Pod is still there"
+    assert about(decide(kept), Finalize)
+    assert about(decide(kept, at_it, at=960), Finalize), "on a node that is gone, for ever"
+    late = decide(held_back(deleted=True), running, at_it, at=900)
+    assert [type(action) for action in late.actions] == [StopJob]
 
 
 def test_what_lies_at_the_uri_of_an_adapter_that_was_never_created_is_not_touched() -> None:
