@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Final
 
 from claas_crds import names
-from claas_crds.reasons import Reason, describe
+from claas_crds.reasons import ConditionType, Reason, describe
 from claas_operator import status
 from claas_operator.actions import Action, Describe, Finalize, Note, StartDeletion, StopJob
 from claas_operator.operations import Desk
@@ -54,14 +54,19 @@ def plan_deletion(desk: Desk, references: Callable[[], References]) -> Iterator[
     elif desk.done_with("destroy") or not _has_versions(desk):
         yield _finalize(desk, held_back=False)
     elif now >= adapter.deleting + limit:
-        why = desk.trouble("destroy") or _waits_for(desk)
+        # By then its Job was stopped and may be gone; what it died of was told before.
+        told = adapter.condition(ConditionType.READY)
+        why = told.message if told and told.reason == Reason.DELETING else _waits_for(desk)
         what = f"after {limit.total_seconds():.0f} s the versions at {root} and beside it are still in the store"
         yield from _leave(desk, f"{what}: {why}")
     elif not permitted(root, desk.settings, adapter.namespace):
         yield from _leave(desk, not_permitted("spec.storage.uri", desk.settings, adapter.namespace))
     else:
         yield from _tell(desk, _waits_for(desk))
-        if not adapter.active and desk.running("create") is None:
+        creating = desk.running("create")
+        if creating is not None and adapter.status.head_seq and creating.deleting is None:
+            yield StopJob(job=creating)  # one too many: it must not write the first version once more
+        elif not adapter.active and creating is None and not desk.lingers("create"):
             yield from _destroy(desk, root, references())
 
 

@@ -57,9 +57,10 @@ class Desk:
     pods: Mapping[str, list[Pod]]  # by Job, also by Jobs that are gone
 
     def answers(self, operation: str) -> dict[str, Answer]:
-        """What the Pods of an operation's Jobs answered, by Job."""
+        """What the Pods of an operation's Jobs answered, by Job; of several, one that is good."""
         found = ((job.name, parse_answer(pod.answer)) for job in self.of(operation) for pod in self.pods_of(job))
-        return {name: answer for name, answer in found if answer is not None}
+        told = [(name, answer) for name, answer in found if answer is not None]
+        return dict(sorted(told, key=lambda pair: pair[1].ok))
 
     def of(self, operation: str) -> list[Job]:
         """The Jobs of an operation, oldest first."""
@@ -100,13 +101,12 @@ class Desk:
         latest = self.of(operation)[-1:]
         if not latest:
             return ""
-        job = latest[0]
-        if job.finished is None:
-            waits = next((pod.trouble for pod in self.pods_of(job) if pod.trouble), "")
-            return f"the Job {job.name} does not start: {waits}" if waits else ""
-        answer = self.answers(operation).get(job.name)
+        job, answer = latest[0], self.answers(operation).get(latest[0].name)
         if answer is not None and answer.ok:
             return ""
+        if job.finished is None and answer is None:
+            waits = next((pod.trouble for pod in self.pods_of(job) if pod.trouble), "")
+            return f"the Job {job.name} does not start: {waits}" if waits else ""
         why = f"{answer.reason}: {answer.message}" if answer else job.message or "its answer was lost with its Pod"
         return f"the Job {job.name} failed and is tried again: {why}"
 

@@ -13,12 +13,14 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from kubernetes.aio import client, config
 
 from claas_crds import names
-from claas_operator.api import Api, connect
+from claas_operator.api import Api
 from claas_operator.apply import Apply, Lost
 from claas_operator.plan import plan
 from claas_operator.references import beside
@@ -202,8 +204,9 @@ class Memory(World):
 class Server(World):
     """The real API server and Job controller; the test plays the kubelet."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage, self.shelf, self.prefix = stage, Shelf(), f"s3://adapters/{stage.team}/"
+    def __init__(self, stage: Stage, kubeconfig: Path) -> None:
+        self.kubeconfig, self.stage, self.shelf = kubeconfig, stage, Shelf()
+        self.prefix = f"s3://adapters/{stage.team}/"
         self.settings = load(stage.settings(timings={"collectDelaySeconds": 0}))
         self._served = set[str]()
 
@@ -237,7 +240,9 @@ class Server(World):
 
     def operate(self, at: int = 0, when: When = "after") -> int:
         async def live() -> int:
-            api: Api = await connect()
+            configuration = client.Configuration()
+            await config.load_kube_config(str(self.kubeconfig), client_configuration=configuration)
+            api = Api(configuration)
             mortal = Mortal(api, at, when)
             try:
                 with contextlib.suppress(Killed):
@@ -359,10 +364,9 @@ def test_wherever_the_operator_is_killed_the_next_one_goes_on(story: Story, when
 @pytest.mark.controlplane
 @pytest.mark.parametrize("story", STORIES.values(), ids=STORIES)
 def test_an_operator_that_dies_at_every_write_gets_there_on_the_real_api_server(
-    story: Story, stage: Stage, control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+    story: Story, stage: Stage, control_plane: ControlPlane
 ) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig_of(OPERATOR)))
-    world = Server(stage)
+    world = Server(stage, control_plane.kubeconfig_of(OPERATOR))
     story.begin(world)
     for _ in range(TURNS):
         world.operate(1, "after")

@@ -343,6 +343,15 @@ def test_a_deleted_adapter_s_versions_go_by_a_job_and_then_it_goes() -> None:
     assert finalizers(decide(deleted, *answered("destroy", {"ok": True}))) == ()
 
 
+def test_a_create_job_that_nobody_waits_for_is_stopped_before_the_versions_are_deleted() -> None:
+    deleted = held_back(deleted=True)
+    stop = about(decide(deleted, create_job()), StopJob)[0]
+    assert isinstance(stop, StopJob)
+    assert not about(decide(deleted, create_job()), StartJob)
+    assert not about(decide(deleted, answer_pod("claas-create-uidcoder-1", "", "Running")), StartJob)
+    assert about(decide(deleted, answer_pod("claas-create-uidcoder-1", "", "Failed")), StartDeletion)
+
+
 def test_a_destroy_job_that_fails_is_tried_again_and_its_trouble_shows() -> None:
     failed = answered("destroy", {"ok": False, "reason": "StorageUnavailable", "message": "503", "retryable": True})
     made = decide(held_back(deleted=True), *failed, at=4)
@@ -357,7 +366,9 @@ def test_a_destroy_job_that_fails_is_tried_again_and_its_trouble_shows() -> None
 def test_an_adapter_goes_after_the_limit_whatever_is_left_and_says_what() -> None:
     failed = answered("destroy", {"ok": False, "reason": "StorageDenied", "message": "403", "retryable": False})
     assert not about(decide(held_back(deleted=True), *failed, at=899), Finalize)
-    (change,) = about(decide(held_back(deleted=True), *failed, at=900), Finalize)
+    deleted = held_back(deleted=True)
+    told = after(deleted, about(decide(deleted, *failed, at=5), Describe)[0])
+    (change,) = about(decide(told, at=900), Finalize)
     assert isinstance(change, Finalize)
     assert change.note is not None
     assert (change.finalizers, change.left) == ((), uri("v2"))
