@@ -48,7 +48,6 @@ TIMINGS = {
     "fenceGraceSeconds": 2,
     "reasonDelaySeconds": 1,
     "deletionLimitSeconds": 20,
-    "collectDelaySeconds": 1,
 }
 
 

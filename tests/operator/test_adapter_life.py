@@ -107,6 +107,7 @@ def life(stage: Stage, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatc
         defaultBaseModel=examples.BASE,
         storage={"prefixes": [{"uri": f"{root}{{namespace}}/"}], "forkPrefixes": [{"uri": f"{root}public/"}]},
         operations={"template": OPERATION, "modelDir": str(model)},
+        timings={"collectDelaySeconds": 1},
     )
     with stage.store(object_store.environment):
         yield Life(stage, config, f"{root}{stage.team}/")
