@@ -91,6 +91,9 @@ def test_a_pickle_is_never_read(home: str, model: Path) -> None:
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"task_type": "SEQ_CLS"}, "task_type"),
         ({"auto_mapping": {"parent_library": "os", "base_model_class": "system"}}, "auto_mapping"),
+        ({"auto_mapping": {"parent_library": "transformers.models", "x": [[[]]]}}, "auto_mapping"),
+        ({"lora_dropout": [[0.1]]}, "lora_dropout"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
         ({"a_field_of_tomorrow": 1}, "a_field_of_tomorrow"),
         ({"<script>": 1}, "a key that is no name"),
         ({"peft_type": "IA3"}, "peft_type"),
@@ -238,6 +241,13 @@ def test_a_version_that_claims_too_much_is_not_copied(root: Path, model: Path) -
     assert_refused(home, model, "more than the")
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_a_config_with_a_number_that_json_has_not_is_refused(home: str, model: Path, number: str) -> None:
+    text = json.dumps(examples.CONFIG | {"lora_dropout": 7.5}).replace("7.5", number)
+    put(f"{home}theirs/", text.encode())
+    assert_refused(home, model, f"{CONFIG} is not JSON")
+
+
 @pytest.mark.parametrize("text", ['{"r": 4, "r": 8}', '{"peft_type": "LORA", "x": {"a": 1, "a": 2}}'])
 def test_a_config_that_two_readers_would_read_differently_is_refused(home: str, model: Path, text: str) -> None:
     put(f"{home}theirs/", text.encode())
@@ -255,6 +265,7 @@ def test_a_config_that_two_readers_would_read_differently_is_refused(home: str, 
         {"rank_pattern": {".*.*x": 4}},
         {"alpha_pattern": {f"q_proj{n}": 4 for n in range(1000)}},
         {"rank_pattern": ["q_proj"]},
+        {"rank_pattern": {"x_proj": [[4]]}},
         {"layers_to_transform": [0], "layers_pattern": ["(a*)*"]},
     ],
 )
@@ -322,6 +333,7 @@ VALUES = st.recursive(
 )
 
 
+@example("fan_in_fan_out", float("inf"))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([*sorted(examples.CONFIG), "use_qalora", "new_field"]), VALUES)
 def test_a_config_with_any_value_is_refused_or_means_the_same(root: Path, field: str, value: Any) -> None:

@@ -81,7 +81,7 @@ def check_config(uri: str, config: Mapping[str, Any], base_model: str = "") -> N
         elif field == "auto_mapping":
             plain = value is None or _is_of_transformers(value)
         else:
-            plain = not value or field in USED_FIELDS | FREE_FIELDS
+            plain = not value or field in USED_FIELDS or (field in FREE_FIELDS and not isinstance(value, list | dict))
         if not plain:
             raise VersionInvalid(f"{at}: {shown(field)} is not supported: save the adapter without it")
 
@@ -100,8 +100,9 @@ def check_expressions(what: str, config: Mapping[str, Any]) -> None:
         _check_expression(f"{what}: layers_pattern", expression, 1)
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
-        if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
-            raise VersionInvalid(f"{what}: {field} must be an object of at most {_MAX_PATTERNS} patterns")
+        numbers = isinstance(patterns, dict) and all(isinstance(value, int | float) for value in patterns.values())
+        if not numbers or len(patterns) > _MAX_PATTERNS:
+            raise VersionInvalid(f"{what}: {field} must be an object of at most {_MAX_PATTERNS} patterns and numbers")
         for expression in patterns:
             _check_expression(f"{what}: {field}", expression, 1)
 
@@ -176,4 +177,6 @@ def _more(keys: list[str]) -> str:
 def _is_of_transformers(mapping: Any) -> bool:
     """PEFT imports the library that is named here when it is asked to find the base's class by itself."""
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
-    return isinstance(library, str) and re.fullmatch(r"transformers(\.\w+)*", library) is not None
+    if not isinstance(library, str) or not re.fullmatch(r"transformers(\.\w+)*", library):
+        return False
+    return all(isinstance(value, str | None) for value in mapping.values())

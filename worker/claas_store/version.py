@@ -35,12 +35,14 @@ from claas_store.checks import ADAPTER, CONFIG, check_config, check_expressions,
 from claas_store.errors import AlreadyExists, NotFound, VersionInvalid
 from claas_store.limits import (
     MAX_ADAPTER_BYTES,
+    MAX_ALPHA,
     MAX_CONFIG_BYTES,
     MAX_FILES,
     MAX_HEADER_BYTES,
     MAX_MANIFEST_BYTES,
     MAX_OBJECT_BYTES,
     MAX_OPTIMIZER_BYTES,
+    MAX_RANK,
 )
 from claas_store.stores import Store, open_store
 from claas_store.tombstone import MANIFEST, read_tombstone, refuse_collected
@@ -122,13 +124,14 @@ class Version:
     optimizer: OptimizerState | None
 
 
-def read_version(uri: str, *, adopt: bool = False, base_model: str = "") -> Version:
+def read_version(uri: str, *, adopt: bool = False, base_model: str = "", max_bytes: int = MAX_ADAPTER_BYTES) -> Version:
     """Reads a version and checks every byte of it against its manifest.
 
     Args:
         adopt: a PEFT folder of somebody else's gets a manifest and is a version from then on. What a killed step left
             behind is never adopted.
         base_model: for the manifest of an adopted folder; by default what its config names.
+        max_bytes: of the adapter file, and twice of its optimizer state; larger ones are not read.
 
     Raises:
         NotFound: no manifest (the version does not exist), or a listed file is missing.
@@ -143,8 +146,11 @@ def read_version(uri: str, *, adopt: bool = False, base_model: str = "") -> Vers
         refuse_collected(store, uri)
         if not adopt:
             raise NotFound(f"{uri} is no version: it has no {MANIFEST} (a version without a manifest does not exist)")
-        found = adopt_folder(uri, Manifest(base_model=base_model), _check_foreign)
+        found = adopt_folder(uri, Manifest(base_model=base_model), _check_foreign, max_bytes=max_bytes)
     manifest, digest = found
+    for name, most in ((ADAPTER, max_bytes), (OPTIMIZER, 2 * max_bytes)):
+        if name in manifest.files and manifest.files[name].size > most:
+            raise VersionInvalid(f"{uri}: {name} has {manifest.files[name].size} bytes, at most {most} are read here")
     with ThreadPoolExecutor(len(manifest.files) + 1) as threads:
         dying = threads.submit(read_tombstone, store, uri)
         reads = {name: threads.submit(_read_file, store, uri, name, known) for name, known in manifest.files.items()}
@@ -310,10 +316,10 @@ def parse_config(data: bytes, uri: str) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise VersionInvalid(f"{uri}: {CONFIG}: peft_type must be LORA, is {str(config.get('peft_type'))[:32]!r}")
     rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 512:
-        raise VersionInvalid(f"{uri}: {CONFIG}: r must be a whole number from 1 to 512")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
-        raise VersionInvalid(f"{uri}: {CONFIG}: lora_alpha must be a number above 0")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+        raise VersionInvalid(f"{uri}: {CONFIG}: r must be a whole number from 1 to {MAX_RANK}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= MAX_ALPHA:
+        raise VersionInvalid(f"{uri}: {CONFIG}: lora_alpha must be a number above 0, at most {MAX_ALPHA}")
     names = isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in targets)
     if not names and not (isinstance(targets, str) and targets):
         raise VersionInvalid(f"{uri}: {CONFIG}: target_modules must be a list of names")
@@ -431,11 +437,19 @@ def _parse_json(data: bytes, what: str) -> dict[str, Any]:
         return value
 
     try:
-        value = json.loads(data, object_pairs_hook=once)
+        value = json.loads(data, object_pairs_hook=once, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         raise VersionInvalid(f"{what} is not JSON") from None
     if not isinstance(value, dict):
         raise VersionInvalid(f"{what} is not a JSON object")
+    return value
+
+
+def _finite(text: str) -> float:
+    """JSON has no NaN and no infinity, and what we write has none; Python would read both, and 1e999."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
     return value
 
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from claas_store.checks import names_another_base
+from claas_store.limits import MAX_HEADER_BYTES, MAX_RANK
 from claas_worker.errors import AdapterInvalid, VersionConflict
 
 PREFIX = "base_model.model."  # of every key in PEFT's adapter_model.safetensors
@@ -113,6 +114,9 @@ class Bank:
         base_model: its id, as adapters name it; empty: adapters of any base are taken as they come.
         capacity_bytes: what all adapters together may take as long as some of them are idle: the least recently used of
             those go first, one that is in use never does. 0 keeps no idle adapter beside a new one.
+
+    Attributes:
+        largest_bytes: of any adapter's file on this base, at the highest rank on every layer.
     """
 
     def __init__(self, model: Any, *, base_model: str = "", capacity_bytes: int = 0) -> None:
@@ -125,6 +129,8 @@ class Bank:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and name != self._head_name
         }
+        width = sum(module.in_features + module.out_features for module in self._linears.values())
+        self.largest_bytes = 4 * MAX_RANK * width + MAX_HEADER_BYTES
         self._skeleton = _skeleton(model)
         self._layouts: dict[str, dict[str, Shape]] = {}
         self._residents: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first

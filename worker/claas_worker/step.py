@@ -119,7 +119,12 @@ class TrainingStep:
         """The samples, and the version to train."""
         job, base_model = attempt.job, self._student.base_model
         attempt.samples = _samples(job)
-        attempt.parent = read_version(job.parent.uri, adopt=not job.parent.adapter_uid, base_model=base_model)
+        attempt.parent = read_version(
+            job.parent.uri,
+            adopt=not job.parent.adapter_uid,
+            base_model=base_model,
+            max_bytes=self._student.bank.largest_bytes,
+        )
         if (base := attempt.parent.manifest.base_model) and base_model and base != base_model:
             raise AdapterInvalid(f"the version belongs to the base model {base}, this worker holds {base_model}")
 
