@@ -27,7 +27,7 @@ demo: python ## install into a real cluster and train an adapter, start to finis
 test: python ## lint, unit, contract, control-plane, vLLM and end-to-end tests; full images when they changed
 	@python3.11 tests/prepare.py --tests
 	@$(MAKE) --no-print-directory lint
-	$(PY) -m pytest tests -q --durations=25 $(if $(KUBECONFIG),,--require-all --images)
+	$(PY) tests/lanes.py --durations=15 $(if $(KUBECONFIG),,--require-all --images)
 
 .PHONY: test-images
 test-images: python ## the one test of the full images: build, import, run a request (gigabytes, minutes)
