@@ -72,7 +72,7 @@ def test_only_operator_shim_and_workers_have_a_token(rendered: list[Object]) -> 
         if template["spec"].get("automountServiceAccountToken", True)
     }
     pools = {name for name in pod_templates(rendered) if name.startswith("pool ")}
-    assert with_token == {"Deployment claas-operator", "Deployment claas-shim"} | pools
+    assert with_token == {"Deployment claas-operator", "Deployment claas-shim", "Pod claas-uninstall"} | pools
     bound = {
         subject["name"]
         for o in rendered
@@ -228,8 +228,40 @@ def test_workers_of_a_tenant_use_the_tenants_own(helm: Helm) -> None:
     (model,) = [v for v in spec["volumes"] if v["name"] == "model"]
     assert model["persistentVolumeClaim"]["claimName"] == "their-model"
     assert environment(spec["containers"][0])["AWS_ACCESS_KEY_ID"]["secretKeyRef"]["name"] == "their-secret"
+    operations = pod_templates(objects)["operations of pool own"]["spec"]
+    assert (operations["serviceAccountName"], operations["automountServiceAccountToken"]) == ("their-account", False)
+    (model,) = [v for v in operations["volumes"] if v["name"] == "model"]
+    assert model["persistentVolumeClaim"]["claimName"] == "their-model"
+    assert environment(operations["containers"][0])["AWS_ACCESS_KEY_ID"]["secretKeyRef"]["name"] == "their-secret"
     assert _may_create_jobs_anywhere(objects)
     assert not _may_create_jobs_anywhere(helm.render())
+
+
+def test_an_uninstall_first_takes_the_finalizers_off(helm: Helm) -> None:
+    objects = helm.render()
+    hook = only(objects, "Pod")
+    assert hook["metadata"]["annotations"]["helm.sh/hook"] == "pre-delete"
+    assert "hook-succeeded" in hook["metadata"]["annotations"]["helm.sh/hook-delete-policy"]
+    assert hook["spec"]["activeDeadlineSeconds"] > 0
+    operator = only(objects, "Deployment", "claas-operator")
+    arguments = dict(argument.split("=", 1) for argument in hook["spec"]["containers"][0]["args"])
+    assert arguments["--deployment"] == operator["metadata"]["name"]
+    selected = dict(pair.split("=") for pair in arguments["--selector"].split(","))
+    assert selected.items() <= operator["spec"]["template"]["metadata"]["labels"].items()
+    assert not selected.items() <= hook["metadata"]["labels"].items(), "it would wait for itself"
+    rules = only(objects, "Role", "claas-operator")["rules"]
+    assert any(rule["resources"] == ["deployments/scale"] and rule["verbs"] == ["patch"] for rule in rules)
+    without = helm.render("--set", "operator.releaseOnUninstall=false")
+    assert not [o for o in without if o["kind"] == "Pod"]
+    assert not any("deployments/scale" in str(o) for o in without if o["kind"] == "Role")
+
+
+def test_a_namespace_may_fork_what_the_values_open_to_it(helm: Helm) -> None:
+    given = '[{"namespace": "bob", "uri": "s3://adapters/alice/"}, {"namespace": "*", "uri": "s3://public/loras/"}]'
+    settings = Settings.model_validate(settings_of(helm.render("--set-json", f"storage.forkPrefixes={given}")))
+    assert settings.fork_prefixes("bob") == ["s3://adapters/alice/", "s3://public/loras/"]
+    assert settings.fork_prefixes("eve") == ["s3://public/loras/"]
+    assert settings.prefixes("bob") == ["s3://adapters/bob/"]
 
 
 def _may_create_jobs_anywhere(objects: list[Object]) -> bool:

@@ -233,6 +233,7 @@ class TrainingStep:
         manifest = Manifest(
             base_model=student.base_model or parent.manifest.base_model,
             parent=ParentVersion(uri=parent.uri, sha256=parent.manifest_sha256),
+            adapter_uid=job.parent.adapter_uid,  # empty for a bare request's: then no sweep takes it for an orphan
             request_uid=job.uid,
             attempt=job.attempt,
             training=attempt.training.model_dump(by_alias=True, mode="json"),
