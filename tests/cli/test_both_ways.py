@@ -338,3 +338,51 @@ def test_init_lora_may_stop_waiting(claas: Claas, stage: ShimStage) -> None:
     uri = adapter_uri(stage, f"slow-{next(_numbers)}")
     done = claas("init-lora", "--output-uri", uri, "--base-model", MODEL, "--timeout", "0.3")
     assert done.code == Exit.WAIT_ENDED
+
+
+def test_rollback_and_on_and_back_again(claas: Claas, stage: ShimStage) -> None:
+    adapter = fresh(stage)
+    assert claas("distill", "--adapter", adapter, *TEXTS).code == 0
+    trained = stage.see_adapter(adapter)["status"]["version"]
+    done = claas("rollback", adapter, adapter, "-o", "json")
+    assert (done.code, done.err) == (0, "")
+    assert (done.json["version"], done.json["head_seq"]) == (adapter, 3)
+    assert stage.see_adapter(adapter)["status"]["uri"] == adapter_uri(stage, adapter)
+    assert claas("rollback", adapter, trained).code == 0
+    assert claas("rollback", adapter, adapter).code == 0, "a second time to the same version"
+    versions = claas("get", "versions", adapter).rows
+    assert [row[0] for row in versions] == ["5", "4", "3", "2", "1"]
+    assert [row[1] for row in versions] == [adapter, trained, adapter, trained, adapter]
+    assert claas("rollback", adapter, "nope").code == Exit.NOT_FOUND
+
+
+def test_a_fork_has_its_source_s_shape_and_starts_at_its_head(claas: Claas, stage: ShimStage) -> None:
+    source = fresh(stage)
+    assert claas("distill", "--adapter", source, *TEXTS).code == 0
+    head, name = stage.see_adapter(source)["status"]["uri"], f"fork-{next(_numbers)}"
+    kubelet = operate(stage, name)
+    done = claas("fork", source, "--output-uri", adapter_uri(stage, name), "--name", name)
+    kubelet.join(timeout=30)
+    assert done.code == 0, done.err
+    made = stage.see_adapter(name)["spec"]
+    assert made["initFrom"]["uri"] == head
+    assert made["baseModel"] == MODEL
+    old = f"fork-{next(_numbers)}"
+    kubelet = operate(stage, old)
+    words = ["fork", source, "--version", source, "--output-uri", adapter_uri(stage, old), "--name", old]
+    assert claas(*words).code == 0
+    kubelet.join(timeout=30)
+    assert stage.see_adapter(old)["spec"]["initFrom"]["uri"] == adapter_uri(stage, source)
+    assert claas("fork", source, "--version", "nope", "--output-uri", adapter_uri(stage, "x")).code == Exit.NOT_FOUND
+
+
+def test_a_pending_request_says_why_and_where_it_stands(claas: Claas, stage: ShimStage) -> None:
+    adapter = fresh(stage, ready=False)
+    id = claas("distill", "--adapter", adapter, *TEXTS, "--no-wait").out.strip()
+    stage.wait("the reason", lambda: stage.see(id).get("reason") == "AdapterNotReady")
+    found = claas("get", "request", id, "-o", "json").json
+    assert (found["state"], found["reason"]) == ("Pending", "AdapterNotReady")
+    assert found["message"]
+    if "KUBECONFIG" in claas.environment:
+        assert found["place"]["position"] >= 1
+        assert "namespace's requests" in found["place"]["note"]

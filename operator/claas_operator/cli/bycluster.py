@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -16,7 +18,9 @@ from claas_client.models import Adapter, Health, Lineage, Request, Version
 from claas_crds import names
 from claas_crds.adapter import LoraAdapterStatus
 from claas_crds.model import explain
+from claas_crds.reasons import ConditionType
 from claas_crds.request import DistillRequestSpec
+from claas_operator import queueing, snapshot
 from claas_operator.cli import installation
 from claas_operator.cli.door import Made, NewAdapter, Place, Work
 from claas_operator.cli.exits import Exit
@@ -89,8 +93,33 @@ class ClusterDoor:
         yield from sorted(chosen, key=lambda request: (request.created_at, request.id), reverse=True)
 
     def place(self, id: str) -> Place | None:
-        """Where a pending request stands among those of its namespace."""
-        return None
+        """Where a pending request stands: among all namespaces' where those may be read, else among its own's."""
+        now = datetime.now(UTC)
+        mine = self._parsed([self._get(names.REQUEST_PLURAL, id)], now)
+        if not mine or mine[0].ended is not None:
+            return None
+        note = ""
+        try:
+            everyone = self._parsed(self._kube.list(f"{GROUP}/{names.REQUEST_PLURAL}"), now)
+        except Problem as problem:
+            if problem.code is not Exit.DENIED:
+                raise
+            everyone = self._parsed(self._list(names.REQUEST_PLURAL), now)
+            note = "among this namespace's requests; those of others are not seen"
+        found = queueing.place(mine[0], everyone, now)
+        seconds = None if found.starts_in is None else found.starts_in.total_seconds()
+        return Place(found.position, found.ahead, seconds, note)
+
+    @staticmethod
+    def _parsed(raws: Iterable[Object], now: datetime) -> list[snapshot.Request]:
+        """As the operator's planner sees them; what cannot be parsed is in nobody's way."""
+        found = []
+        for raw in raws:
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+                entry = snapshot.parse(snapshot.Kind.REQUEST, raw, now)
+                if isinstance(entry, snapshot.Request):
+                    found.append(entry)
+        return found
 
     def cancel(self, id: str) -> Request:
         """Sets spec.cancel."""
@@ -143,7 +172,7 @@ class ClusterDoor:
 
     def versions(self, name: str) -> Iterator[Version]:
         """How the adapter's head moved, newest first."""
-        status = LoraAdapterStatus.model_validate(self._get(names.ADAPTER_PLURAL, name).get("status") or {})
+        status = _status(self._get(names.ADAPTER_PLURAL, name))
         for entry in reversed(status.history):
             yield Version.model_validate(spec.to_version(entry, status.head_seq).model_dump())
 
@@ -158,22 +187,31 @@ class ClusterDoor:
     def rollback(self, name: str, version: str, timeout: float | None) -> Adapter:
         """Sets spec.rollbackTo, and returns when the head has moved."""
         raw = self._get(names.ADAPTER_PLURAL, name)
-        status = LoraAdapterStatus.model_validate(raw.get("status") or {})
+        status = _status(raw)
         if version not in [entry.version for entry in status.history]:
             fix = f"`claas get versions {name}` lists them"
             raise Problem(f"adapter {name} has no version {version}", fix, Exit.NOT_FOUND)
         if version in status.collecting:
             raise Problem(f"version {version} is being collected", "choose a newer one", Exit.CONFLICT)
-        if status.version == version:
+        if status.version == version and raw["spec"].get("rollbackTo") in (None, version):
             return _adapter(raw)
         path = self._path(names.ADAPTER_PLURAL, name)
-        if (raw["spec"].get("rollbackTo") or None) == version:
-            self._kube.merge(path, {"spec": {"rollbackTo": None}})  # each change of the field counts once
+        end = None if timeout is None else time.monotonic() + timeout
+        if raw["spec"].get("rollbackTo") == version:
+            # Asked for before: each change of the field counts once, so it is taken back first, and that is noticed.
+            self._kube.merge(path, {"spec": {"rollbackTo": None}})
+            for seen in self._until(names.ADAPTER_PLURAL, name, _left(end)):
+                if not _status(seen).rollback_answered:
+                    break
         generation = self._kube.merge(path, {"spec": {"rollbackTo": version}})["metadata"]["generation"]
-        for seen in self._until(names.ADAPTER_PLURAL, name, timeout):
-            done = LoraAdapterStatus.model_validate(seen.get("status") or {}).rolled_back_generation
-            if done >= generation:
+        for seen in self._until(names.ADAPTER_PLURAL, name, _left(end)):
+            status = _status(seen)
+            if status.rolled_back_generation >= generation:
                 return _adapter(seen)
+            if status.rollback_answered == version and status.observed_generation >= generation:
+                told = next((c for c in status.conditions if c.type == ConditionType.ROLLED_BACK), None)
+                said = f"{told.reason}: {told.message}" if told else "the operator has refused it"
+                raise Problem(f"adapter {name} does not go back: {said}", "", Exit.CONFLICT)
         fix = f"a request holds the adapter, or no operator runs: claas get adapter {name}; claas health"
         raise Problem(f"adapter {name} has not gone back yet; it goes on", fix, Exit.WAIT_ENDED)
 
@@ -305,6 +343,14 @@ def _explain(error: ValidationError) -> str:
         said = "there is no such field" if problem["type"] == "extra_forbidden" else problem["msg"]
         lines.append(f"{path}: {said}")
     return "\n  ".join(lines)
+
+
+def _left(end: float | None) -> float | None:
+    return None if end is None else max(0.0, end - time.monotonic())
+
+
+def _status(raw: Object) -> LoraAdapterStatus:
+    return LoraAdapterStatus.model_validate(raw.get("status") or {})
 
 
 def _request(raw: Object) -> Request:

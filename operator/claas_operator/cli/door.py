@@ -6,7 +6,7 @@ Both give the REST API's own models, so that a command prints the same whichever
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from claas_client.models import Adapter, Health, Lineage, Request, Version
@@ -51,16 +51,19 @@ class Made:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a pending request stands, as far as it can be known: computed now, true for a moment.
+    """Where a pending request stands, computed now and true for a moment.
 
     Attributes:
-        ahead: requests that run before it, of those that the caller may see.
-        estimate_seconds: until it is bound; None: nobody knows.
+        position: 1 is the next to be given to a worker; 0: a worker has it.
+        ahead: requests that begin before it and have not ended, the running ones included.
+        starts_in_seconds: at the earliest; None: nothing is known to judge by.
+        note: what the numbers leave out.
     """
 
+    position: int
     ahead: int
-    estimate_seconds: float | None = None
-    note: str = field(default="")
+    starts_in_seconds: float | None = None
+    note: str = ""
 
 
 class Door(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,7 @@ def requests(target: Target, id: str | None, adapter: str | None, limit: int | N
             request = door.request(id)
             place = None if request.ended else door.place(id)
             if form is Format.JSON:
-                standing = {"ahead": place.ahead, "estimate_seconds": place.estimate_seconds} if place else None
-                write_json(request.model_dump(mode="json") | ({"place": standing} if standing else {}))
+                write_json(request.model_dump(mode="json") | ({"place": asdict(place)} if place else {}))
             else:
                 write_fields(tables.request_fields(request, place))
             return Exit.OK

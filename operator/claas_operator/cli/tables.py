@@ -53,8 +53,10 @@ def request_fields(request: Request, place: Place | None = None) -> Fields:
 
 def place_fields(place: Place) -> Fields:
     """Where a request stands in the queue."""
-    estimate = "" if place.estimate_seconds is None else f"about {place.estimate_seconds:.0f} s"
-    return [("ahead of it", place.ahead), ("bound in", estimate), ("", place.note)]
+    seconds = place.starts_in_seconds
+    estimate = "" if seconds is None else f"in {seconds:.0f} s at the earliest"
+    queue = f"{place.position}, with {place.ahead} before it" + (f" ({place.note})" if place.note else "")
+    return [("place", queue), ("starts", estimate)]
 
 
 def step_fields(request: Request) -> Fields:
