@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -79,6 +80,8 @@ class Claas:
             stderr=subprocess.PIPE,
             text=True,
             env=self._environment(),
+            # A shell's background jobs, and so their children, ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         return Running(process)
 
@@ -111,11 +114,11 @@ class Running:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
-    def end(self, signal: int | None = None) -> Done:
+    def end(self, sent: int | None = None) -> Done:
         """Sends a signal, if one is given, and waits for the end."""
         try:
-            if signal is not None:
-                self.process.send_signal(signal)
+            if sent is not None:
+                self.process.send_signal(sent)
             out, err = self.process.communicate(timeout=SECONDS)
         finally:
             self.process.kill()

@@ -7,8 +7,6 @@ traceback. Nothing is imported before it is needed: `claas --help` is there at o
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -79,10 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(Exit.USAGE)
     except (click.Abort, KeyboardInterrupt):
         return int(Exit.INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our answer has seen enough (`| head`). Python would complain once more while it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(Exit.OK)
     return int(code or 0)
 
 

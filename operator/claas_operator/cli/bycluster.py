@@ -143,7 +143,7 @@ class ClusterDoor:
             )
             manifest = spec.adapter_object(body, _NO_SETTINGS)
         except ValidationError as error:
-            raise Problem(explain(error, "--").replace("--.", "--").replace("_", "-"), "", Exit.USAGE) from None
+            raise Problem(_explain_options(error), "", Exit.USAGE) from None
         except UriInvalid as error:
             raise Problem(f"--output-uri: {error}", "", Exit.USAGE) from None
         name = manifest["metadata"]["name"]
@@ -257,18 +257,22 @@ class ClusterDoor:
                 return
             version = raw["metadata"]["resourceVersion"]
             try:
+                since = time.monotonic()
                 for kind, item in self._kube.watch(self._path(plural), f"metadata.name={name}", version, left):
                     broken = 0
                     if kind == "DELETED":
                         raise Problem(f"{name} was deleted while it was waited for", "", Exit.NOT_FOUND)
                     if kind != "BOOKMARK":
                         yield item
+                if time.monotonic() - since > 0.5:
+                    continue  # every watch ends some time
             except (Gone, WatchBroken):
-                broken += 1
-                if broken > RECONNECTS:
-                    raise Problem("the watch breaks again and again", "try again", Exit.UNREACHABLE) from None
-                if broken > 1:
-                    time.sleep(min(5.0, 0.1 * 2**broken))
+                pass
+            broken += 1
+            if broken > RECONNECTS:
+                raise Problem("the watch breaks again and again", "try again", Exit.UNREACHABLE)
+            if broken > 1:
+                time.sleep(min(5.0, 0.1 * 2**broken))
 
     def _default_base_model(self) -> str:
         release = installation.the_release(self._kube)
@@ -297,8 +301,8 @@ def _manifest_of(work: Work) -> Object:
     except ValueError as error:
         raise Problem(str(error), "numbers must be finite, and texts Unicode", Exit.USAGE) from None
     del content["ttlSecondsAfterFinished"]  # people look at what they have asked for
-    if not work.lite and body.teacher is None:
-        del content["teacher"]
+    if not work.lite:
+        content["teacher"] = body.teacher.model_dump(exclude_none=True) if body.teacher else {}
     return {"apiVersion": names.API_VERSION, "kind": names.REQUEST_KIND, "metadata": {}, "spec": content}
 
 
@@ -351,6 +355,20 @@ def _left(end: float | None) -> float | None:
 
 def _status(raw: Object) -> LoraAdapterStatus:
     return LoraAdapterStatus.model_validate(raw.get("status") or {})
+
+
+_OPTIONS: Final = {"lora_r": "--r", "lora_alpha": "--alpha"}
+
+
+def _explain_options(error: ValidationError) -> str:
+    """What is wrong with an adapter that is to be made, as the command's own options."""
+    lines = []
+    for problem in error.errors(include_input=False):
+        field = str(problem["loc"][0])
+        option = _OPTIONS.get(field, f"--{field.replace('_', '-')}")
+        is_uri = field in ("output_uri", "init_from") and problem["type"] == "string_pattern_mismatch"
+        lines.append(f"{option}: {'must be s3://BUCKET/PATH/' if is_uri else problem['msg']}")
+    return "\n  ".join(lines)
 
 
 def _request(raw: Object) -> Request:

@@ -37,6 +37,8 @@ class UrlDoor:
     def submit(self, work: Work) -> Request:
         """Asks for a training step; returns when it is accepted."""
         body, lite = (_body_of(work.body), False) if work.manifest else (dict(work.body), work.lite)
+        if reserved := {"self", "idempotency_key"} & set(body):
+            raise Problem(f"{reserved.pop()}: there is no such field", "see `claas distill --help`", Exit.USAGE)
         send: Any = self._client.submit_lite if lite else self._client.submit
         with _problems():
             accepted: Request = send(idempotency_key=work.key or None, **body).accepted

@@ -167,5 +167,5 @@ def health(kube: Kube, release: Release) -> Health:
         "object_store": Part(status="unknown", message="not looked at by kubeconfig; `claas doctor` does"),
         "api_server": Part(status="healthy", message=kube.where),
     }
-    bad = any(part.status == "unhealthy" for part in parts.values()) or parts["operator"].status != "healthy"
-    return Health(status="unhealthy" if bad else "healthy", **parts)
+    bad = any(part.status == "unhealthy" for part in parts.values())
+    return Health(status="unhealthy" if bad else parts["operator"].status, **parts)

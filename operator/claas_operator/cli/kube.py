@@ -28,7 +28,7 @@ class Gone(Exception):
 
 
 class WatchBroken(Exception):
-    """The watch's connection was lost, or the API server ended it: read again and watch on."""
+    """The watch's connection was lost: read again and watch on."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Kube:
 
     def list(self, path: str, **query: str) -> Iterator[Object]:
         """Every object of the collection at `path`, page by page."""
-        query = {"limit": str(PAGE)} | query
+        query = {"limit": str(PAGE), **query}
         while True:
             page = self._call("GET", path, query=query)
             yield from page.get("items") or []
@@ -107,7 +107,7 @@ class Kube:
 
         Raises:
             Gone: `version` is too old.
-            WatchBroken: when it ends, which every watch does.
+            WatchBroken: the connection was lost.
         """
         limit = WATCH_SECONDS if seconds is None else max(1, min(WATCH_SECONDS, round(seconds)))
         query = {
@@ -124,7 +124,6 @@ class Kube:
                     raise Gone
                 raise WatchBroken(str(event["object"].get("reason")))
             yield event["type"], event["object"]
-        raise WatchBroken("ended")
 
     def lines(self, path: str, query: Mapping[str, str], silence_seconds: float) -> Iterator[str]:
         """The lines of a text that may go on growing, such as a log.

@@ -161,6 +161,9 @@ def health(target: Target, form: Format) -> Exit:
     else:
         parts = [(name, getattr(found, name)) for name in ("operator", "workers", "teacher", "object_store", "api_server")]
         write_table(tables.PART_COLUMNS, tables.part_rows(parts))
+    if found.status == "unknown":
+        fix = "ask the REST API (--url), or whoever runs the cluster"
+        raise Problem("this kubeconfig may not see how the installation is", fix)
     if not found.healthy:
         bad = [name for name, part in found if getattr(part, "status", "") == "unhealthy"]
         raise Problem(f"unhealthy: {', '.join(bad) or 'see above'}", "`claas doctor` says how to mend it")

@@ -67,7 +67,7 @@ def _section(command: click.Command, path: str) -> Iterator[str]:
     yield f"## {path}\n\n```\n{path} {usage}\n```\n"
     yield _prose(command.help or "") + "\n"
     rows = [record for parameter in command.get_params(context) if (record := parameter.get_help_record(context))]
-    if rows := [row for row in rows if not row[0].startswith("-h,")]:
+    if rows := [row for row in rows if row[0] not in ("--help", "-h, --help")]:
         listed = "\n".join(f"| `{_cell(option)}` | {_cell(words)} |" for option, words in rows)
         yield f"| option | |\n|---|---|\n{listed}\n"
     examples = command.examples if isinstance(command, Command | Group) else ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,10 +284,9 @@ def _pair(words: str) -> tuple[str, Any]:
     name, equals, value = words.partition("=")
     if not equals or not name:
         raise Problem(f"-t {words!r} is not NAME=VALUE", "for example -t learning_rate=1e-4", Exit.USAGE)
-    try:
-        return name.strip(), float(value)
-    except ValueError:
-        pass
+    for number in (int, float):  # YAML would read 1e-4 as a text
+        with suppress(ValueError):
+            return name.strip(), number(value)
     try:
         return name.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
