@@ -52,6 +52,7 @@ class Claas:
     environment: dict[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     command: list[str] = field(default_factory=lambda: list(COMMAND))
+    seconds: float = SECONDS
 
     def _environment(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
@@ -64,7 +65,7 @@ class Claas:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=self.seconds,
             env=self._environment(),
             check=False,
         )
