@@ -30,8 +30,8 @@ from claas_client.errors import (
 from claas_client.models import (
     Adapter,
     Caller,
-    Distilled,
     DistillBody,
+    Distilled,
     Event,
     FieldProblem,
     Health,

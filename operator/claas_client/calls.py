@@ -24,8 +24,8 @@ from claas_client.flow import Close, Emit, Flow, Line, Pause, Read, Send, Stream
 from claas_client.models import (
     Adapter,
     Caller,
-    Distilled,
     DistillBody,
+    Distilled,
     Event,
     Health,
     Initialised,
@@ -361,14 +361,16 @@ class Calls:
         while True:
             tried += 1
             request = self._build(method, path, query, content, headers or {}, silence_s, deadline)
-            asked, failure, response = None, None, None
+            asked: float | None = None
+            failure: httpx.TransportError | None = None
+            response: httpx.Response | None = None
             try:
                 response = yield Send(request, stream)
             except httpx.TransportError as error:
                 failure = error
                 again = safe or isinstance(error, NOT_SENT)
             else:
-                assert isinstance(response, httpx.Response)
+                assert response is not None
                 if response.status_code not in RETRIED_STATUS - final:
                     return response
                 if stream:
@@ -446,7 +448,7 @@ def outcome(request: Request) -> Distilled:
 
 
 # Student and teacher agreed: every term is zero and every ratio one. The server answers the same.
-_NOTHING_LEARNT: Final = {name: 0 for name in Numbers.model_fields} | {"mean_is_ratio": 1.0}
+_NOTHING_LEARNT: Final = dict.fromkeys(Numbers.model_fields, 0) | {"mean_is_ratio": 1.0}
 
 
 def _encoded(body: Body) -> bytes:

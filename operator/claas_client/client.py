@@ -62,7 +62,9 @@ def _handing(call: Callable[Concatenate[Calls, P], Flow[Ticket]]) -> Callable[Co
     return method
 
 
-def _awaiting(call: Callable[Concatenate[Calls, P], Flow[T]]) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+def _awaiting(
+    call: Callable[Concatenate[Calls, P], Flow[T]],
+) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
     @functools.wraps(call)
     async def method(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await flow.run_async(client.http, call(client.calls, *args, **kwargs))

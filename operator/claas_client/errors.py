@@ -1,18 +1,18 @@
 """What a call can raise. An answer that is a problem document (RFC 9457) becomes the class of its status.
 
-    ClaasError
-    ├── ProblemError            the server refused: type, title, status, detail, fix, field, reason, request_id
-    │   ├── BadRequest          400, 405, 413, 415, 422: `field` says where
-    │   ├── Unauthorized        401
-    │   ├── Forbidden           403
-    │   ├── NotFound            404
-    │   ├── Conflict            409: the key was used with another body, the name is taken, …
-    │   ├── TooManyRequests     429: `retry_after` seconds
-    │   ├── ServerProblem       5xx
-    │   └── RequestFailed       a request or an adapter was accepted, and has ended without a step or a version: `reason`
-    ├── WaitTimeout             the wait has ended, the request goes on: `request_id`
-    ├── ConnectionFailed        no answer, after all tries
-    └── AnswerInvalid           an answer that no CLaaS server gives
+ClaasError
+├── ProblemError            the server refused: type, title, status, detail, fix, field, reason, request_id
+│   ├── BadRequest          400, 405, 413, 415, 422: `field` says where
+│   ├── Unauthorized        401
+│   ├── Forbidden           403
+│   ├── NotFound            404
+│   ├── Conflict            409: the key was used with another body, the name is taken, …
+│   ├── TooManyRequests     429: `retry_after` seconds
+│   ├── ServerProblem       5xx
+│   └── RequestFailed       a request or an adapter was accepted, and has ended without a step or a version: `reason`
+├── WaitTimeout             the wait has ended, the request goes on: `request_id`
+├── ConnectionFailed        no answer, after all tries
+└── AnswerInvalid           an answer that no CLaaS server gives
 """
 
 from __future__ import annotations

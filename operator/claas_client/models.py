@@ -24,7 +24,7 @@ class Message(TypedDict):
 
 
 class Sample(TypedDict, total=False):
-    """One response and what is known about it: prompt or messages; response or response_token_ids; the rest optional."""
+    """One response and what is known about it: prompt or messages; response or response_token_ids; more if known."""
 
     prompt: str
     messages: Sequence[Message]

@@ -89,7 +89,11 @@ def test_texts_come_from_files_and_stdin(claas: Claas, stage: ShimStage, tmp_pat
     words = ["--prompt", "@@SECRET", "--response", f"@{answer}", "--feedback", "@-"]
     assert claas("distill", "--adapter", adapter, *words, stdin="SECRET remark\n").code == 0
     sample = asked(stage, adapter)[0]["spec"]["samples"][0]
-    assert (sample["prompt"], sample["response"], sample["feedback"]) == ("@SECRET", "SECRET = 'é'\n", "SECRET remark\n")
+    assert (sample["prompt"], sample["response"], sample["feedback"]) == (
+        "@SECRET",
+        "SECRET = 'é'\n",
+        "SECRET remark\n",
+    )
 
 
 @pytest.mark.parametrize("form", ["manifest", "body", "lite"])
@@ -97,7 +101,11 @@ def test_a_whole_request_from_a_file(claas: Claas, stage: ShimStage, tmp_path: P
     adapter, file = fresh(stage), tmp_path / "request.yaml"
     sample: dict[str, Any] = {"prompt": "SECRET p", "response": "SECRET r"}
     if form == "manifest":
-        spec = {"adapterRef": {"name": adapter}, "samples": [sample], "training": {"learningRate": 0.001, "teacherTopK": 9}}
+        spec = {
+            "adapterRef": {"name": adapter},
+            "samples": [sample],
+            "training": {"learningRate": 0.001, "teacherTopK": 9},
+        }
         content: dict[str, Any] = {"apiVersion": names.API_VERSION, "kind": names.REQUEST_KIND}
         content |= {"metadata": {"generateName": "mine-"}, "spec": spec}
     elif form == "body":
@@ -292,9 +300,7 @@ def operate(stage: ShimStage, name: str) -> threading.Thread:
 
         def pods() -> list[dict[str, Any]]:
             return [
-                pod
-                for pod in stage.pods("operation")
-                if pod["metadata"]["labels"].get(names.ADAPTER_UID_LABEL) == uid
+                pod for pod in stage.pods("operation") if pod["metadata"]["labels"].get(names.ADAPTER_UID_LABEL) == uid
             ]
 
         stage.wait("the adapter", lambda: stage.see_adapter(name))
@@ -313,7 +319,19 @@ def test_init_lora_waits_for_the_first_version(claas: Claas, stage: ShimStage) -
     name = f"new-{next(_numbers)}"
     uri = adapter_uri(stage, name)
     kubelet = operate(stage, name)
-    words = ["init-lora", "--output-uri", uri, "--name", name, "--base-model", MODEL, "--r", "8", "--target-modules", "q,v"]
+    words = [
+        "init-lora",
+        "--output-uri",
+        uri,
+        "--name",
+        name,
+        "--base-model",
+        MODEL,
+        "--r",
+        "8",
+        "--target-modules",
+        "q,v",
+    ]
     done = claas(*words, "-o", "json")
     kubelet.join(timeout=30)
     assert (done.code, done.err) == (0, "")

@@ -228,7 +228,9 @@ def test_a_dry_run_checks_everything_and_changes_nothing(deployer: Claas, stage:
 
 def test_wrong_labels_are_answered_with_those_that_there_are(deployer: Claas, stage: ShimStage, nodes: None) -> None:
     words = ["deploy", "--dry-run", "-n", stage.home, "--release", "trial", *CREDENTIALS, *CLASSES]
-    done = deployer(*words, "--set-json", 'pools=[{"name":"h100","nodeSelector":{"nvidia.com/gpu.product":"H100"}}]', "-o", "json")
+    done = deployer(
+        *words, "--set-json", 'pools=[{"name":"h100","nodeSelector":{"nvidia.com/gpu.product":"H100"}}]', "-o", "json"
+    )
     check = checks(done)["pool h100"]
     assert check["level"] == "wrong"
     assert "NVIDIA-A100-SXM4-80GB, NVIDIA-L40S" in check["fix"]

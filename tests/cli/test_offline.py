@@ -36,7 +36,9 @@ def test_every_exit_code_has_a_meaning_of_its_own() -> None:
     assert len(set(exits.MEANINGS.values())) == len(Exit)
 
 
-@pytest.mark.parametrize("name", [*ENTRIES, "get requests", "get adapters", "get versions", "get lineage", "operator run"])
+@pytest.mark.parametrize(
+    "name", [*ENTRIES, "get requests", "get adapters", "get versions", "get lineage", "operator run"]
+)
 def test_every_command_teaches_by_examples(name: str) -> None:
     done = claas(*name.split(), "--help")
     assert done.code == 0
@@ -60,7 +62,12 @@ def test_help_imports_nothing_that_takes_time() -> None:
 
 def test_help_is_there_at_once() -> None:
     """The best of five, without what this environment's own .pth files import: a busy machine is not our fault."""
-    command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; from claas_operator.cli import main"]
+    command = [
+        sys.executable,
+        "-S",
+        "-c",
+        f"import sys; sys.path[:0] = {sys.path!r}; from claas_operator.cli import main",
+    ]
     command[-1] += "; main(['--help'])"
     took = []
     for _ in range(5):
@@ -147,7 +154,10 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         (["distill", "--prompt", "p", "--response", "r"], "nothing says what to train"),
         (["distill", "--adapter", "a", "--response", "r"], "--prompt is missing"),
         (["distill", "--adapter", "a", "--prompt", "p"], "--response is missing"),
-        (["distill", "--adapter", "a", "--prompt", "@absent.txt", "--response", "r"], "--prompt: absent.txt: No such file"),
+        (
+            ["distill", "--adapter", "a", "--prompt", "@absent.txt", "--response", "r"],
+            "--prompt: absent.txt: No such file",
+        ),
         (["distill", "-f", "absent.yaml"], "-f: absent.yaml: No such file"),
         (["distill", "-f", "-", "--prompt", "@-"], "both read stdin"),
         (["distill", "--adapter", "a", "--prompt", "p", "--response", "r", "-t", "alpha"], "is not NAME=VALUE"),

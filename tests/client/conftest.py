@@ -1,4 +1,4 @@
-"""One scenario, both clients: `use(handler)` drives `Client` or `AsyncClient` over a transport that the test answers."""
+"""One scenario, both clients: `use(handler)` drives `Client` or `AsyncClient` over a transport of the test's."""
 
 from __future__ import annotations
 

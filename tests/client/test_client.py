@@ -138,7 +138,11 @@ def test_submit_gives_a_handle_that_waits_follows_and_cancels() -> None:
         assert [event.type for event in handle.events()] == ["phase", "end"]
         assert handle.cancel().cancelled
     assert script.seen[0].url.params["wait"] == "0"
-    assert script.paths[1:] == ["GET /v1/requests/rest-1", "GET /v1/requests/rest-1/events", "DELETE /v1/requests/rest-1"]
+    assert script.paths[1:] == [
+        "GET /v1/requests/rest-1",
+        "GET /v1/requests/rest-1/events",
+        "DELETE /v1/requests/rest-1",
+    ]
 
 
 async def test_an_async_handle_does_the_same() -> None:
@@ -386,7 +390,7 @@ def test_versions_lineage_and_rollback(use: Use) -> None:
 
 def test_an_unhealthy_installation_is_an_answer(use: Use) -> None:
     part = {"status": "healthy", "message": ""}
-    health = {name: part for name in ("operator", "workers", "teacher", "object_store", "api_server")}
+    health = dict.fromkeys(("operator", "workers", "teacher", "object_store", "api_server"), part)
     script = Script([answer(health | {"status": "unhealthy", "teacher": {"status": "unhealthy"}}, 503)])
     found = use(script).call("health")
     assert not found.healthy

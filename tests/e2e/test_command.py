@@ -1,4 +1,4 @@
-"""A user with `claas` on the real cluster: what needs kubelets (a worker's log) and a real step, and what the doctor says."""
+"""A user with `claas` on the real cluster: what needs kubelets (a worker's log), a real step and a real doctor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from e2e import story
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-FEEDBACK = ["--prompt", "SECRET What is the capital of France?", "--response", "Paris, the city of light.", "--feedback", "Shorter"]
+FEEDBACK = [
+    "--prompt",
+    "SECRET What is the capital of France?",
+    "--response",
+    "Paris, the city of light.",
+    "--feedback",
+    "Shorter",
+]
 
 
 @pytest.fixture(scope="module")

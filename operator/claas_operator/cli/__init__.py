@@ -1,4 +1,4 @@
-"""The `claas` command: every way of using CLaaS from a shell. Help, and what needs no cluster, work with the base install.
+"""The `claas` command: CLaaS from a shell. Help, and what needs no cluster, work with the base install.
 
 It works by kubeconfig (the resources themselves) or by url and key (the REST API): `door` is what both can do. Answers
 go to stdout, everything else to stderr; a mistake that was foreseen is one line and an exit code (`exits`), never a
@@ -78,5 +78,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return int(Exit.INTERRUPTED)
     return int(code or 0)
-
-

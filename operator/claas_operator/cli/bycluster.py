@@ -174,7 +174,7 @@ class ClusterDoor:
         """How the adapter's head moved, newest first."""
         status = _status(self._get(names.ADAPTER_PLURAL, name))
         for entry in reversed(status.history):
-            yield Version.model_validate(spec.to_version(entry, status.head_seq).model_dump())
+            yield Version.model_validate(spec.to_version(entry, status.version).model_dump())
 
     def lineage(self, name: str, version: str | None) -> Lineage:
         """A version and its ancestors."""

@@ -39,9 +39,9 @@ MAX_LINES: Final = 10  # of one kind
 def doctor(target: Target, release: str | None, release_namespace: str | None, form: Format) -> Exit:
     """What is wrong with an installation, and how to mend it.
 
-    By kubeconfig it looks at the cluster, the kinds, the operator, its workers and their Pods, the teacher, the store,
-    adapters that are not ready and requests that wait; what you may not see is said, and is not an error. By url it asks
-    the server how its parts are. Exit code 1 when something is wrong.
+    By kubeconfig it looks at the cluster, the kinds, the operator, its workers and their Pods, the teacher, Secrets,
+    adapters that are not ready and requests that wait; what you may not see is said, and is not an error. By url it
+    asks the server how its parts are. Exit code 1 when something is wrong.
     """
     from claas_operator.cli.checks import Level, worst
 
@@ -206,9 +206,9 @@ def _settings(kube: Kube, release: Release) -> Iterator[Check]:
     yield from checks.secrets(needs, secrets_of(kube, release.namespace, needs.secrets))
 
 
-def secrets_of(kube: Kube, namespace: str, wanted: Iterable[str]) -> dict[str, Object | None | str]:
+def secrets_of(kube: Kube, namespace: str, wanted: Iterable[str]) -> dict[str, Object | str | None]:
     """The Secrets as far as they may be read: the object, None when absent, the API server's words when refused."""
-    found: dict[str, Object | None | str] = {}
+    found: dict[str, Object | str | None] = {}
     for name in wanted:
         try:
             found[name] = kube.find(f"/api/v1/namespaces/{namespace}/secrets/{name}")
@@ -323,8 +323,10 @@ def _adapters(kube: Kube) -> Iterator[Check]:
     for raw, ready in unready[:MAX_LINES]:
         reason = str(ready.get("reason"))
         yield warning(f"adapter {_place(raw)}", f"{reason}: {ready.get('message', '')}", remedy(reason))
-    yield ok("adapters", f"{count - len(unready)} of {count} ready") if not unready else warning(
-        "adapters", f"{len(unready)} of {count} have no version", "see above"
+    yield (
+        ok("adapters", f"{count - len(unready)} of {count} ready")
+        if not unready
+        else warning("adapters", f"{len(unready)} of {count} have no version", "see above")
     )
 
 
@@ -379,7 +381,11 @@ def _rights(kube: Kube) -> Iterator[Check]:
     from claas_operator.cli.checks import ok, warning
 
     lacking = []
-    for verb, plural in (("create", names.REQUEST_PLURAL), ("create", names.ADAPTER_PLURAL), ("get", names.REQUEST_PLURAL)):
+    for verb, plural in (
+        ("create", names.REQUEST_PLURAL),
+        ("create", names.ADAPTER_PLURAL),
+        ("get", names.REQUEST_PLURAL),
+    ):
         attributes = {"namespace": kube.namespace, "verb": verb, "group": names.GROUP, "resource": plural}
         body = {
             "apiVersion": "authorization.k8s.io/v1",

@@ -200,7 +200,7 @@ def _one_node(provisioner: str) -> bool:
     return any(word in provisioner for word in (*single, "aws-ebs", "gce-pd", "azure-disk", "hostpath"))
 
 
-def secrets(needs: Needs, found: Mapping[str, Object | None | str]) -> Iterator[Check]:
+def secrets(needs: Needs, found: Mapping[str, Object | str | None]) -> Iterator[Check]:
     """The Secrets that containers read. `found`: the object, None when absent, or text when it may not be read."""
     for name, keys in needs.secrets.items():
         secret, what = found.get(name), f"Secret {name}"

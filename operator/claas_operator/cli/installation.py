@@ -1,4 +1,4 @@
-"""Releases of CLaaS in a cluster, and how their parts are: read from the objects that the chart and the operator keep."""
+"""Releases of CLaaS in a cluster, and how their parts are: read from what the chart and the operator keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`claas deploy` checks the cluster and installs the chart with Helm; `claas serve` runs the REST API on this machine."""
+"""`claas deploy` checks the cluster and installs the chart with Helm; `claas serve` runs the REST API here."""
 
 from __future__ import annotations
 
@@ -65,12 +65,16 @@ class Chart:
         except subprocess.TimeoutExpired:
             raise Problem(f"helm template has not ended after {RENDER_SECONDS} s") from None
         if done.returncode:
-            raise Problem(f"the chart cannot be rendered: {_helm_said(done.stderr)}", "correct --set or --values", Exit.USAGE)
+            raise Problem(
+                f"the chart cannot be rendered: {_helm_said(done.stderr)}", "correct --set or --values", Exit.USAGE
+            )
         return [item for item in yaml.safe_load_all(done.stdout) if isinstance(item, dict)]
 
     def install(self, *words: str) -> int:
         """Helm's exit code; what it says goes to stderr."""
-        command = self.helm("upgrade", "--install", self.release, self.path, "--create-namespace", *words, *self.arguments)
+        command = self.helm(
+            "upgrade", "--install", self.release, self.path, "--create-namespace", *words, *self.arguments
+        )
         return subprocess.run(command, stdout=2, check=False, env=os.environ | self.environment).returncode
 
 
@@ -108,7 +112,7 @@ def find_chart(given: str | None) -> str:
         "claas deploy --dry-run --set image.registry=registry.example.com/team",
         "# a GPU cluster, S3 credentials from a Secret",
         "claas deploy --set image.registry=registry.example.com/team --set storage.credentials.existingSecret=s3 \\",
-        "    --set-json 'storage.prefixes=[{\"namespace\":\"*\",\"uri\":\"s3://my-bucket/loras/{namespace}/\"}]'",
+        '    --set-json \'storage.prefixes=[{"namespace":"*","uri":"s3://my-bucket/loras/{namespace}/"}]\'',
         "# no GPU: small models, the embedded store, to try it out",
         "claas deploy -f charts/claas/values-cpu.yaml --set seaweedfs.enabled=true",
     ],
@@ -147,8 +151,8 @@ def deploy(
     storage classes, Secrets, quotas, your rights, and whether the store can be reached from here. Exit code 1 when
     something will not work; then nothing is installed.
     """
-    from claas_operator.cli.checks import Level, worst
     from claas_operator.cli.checking import show
+    from claas_operator.cli.checks import Level, worst
 
     arguments = [word for file in values for word in ("--values", file)]
     arguments += [word for pair in sets for word in ("--set", pair)]
@@ -201,7 +205,9 @@ def _server_dry_run(chart: Chart) -> Check:
     )
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | chart.environment)
     if done.returncode:
-        return wrong("API server", _helm_said(done.stderr), "correct the values, or ask for the rights that are missing")
+        return wrong(
+            "API server", _helm_said(done.stderr), "correct the values, or ask for the rights that are missing"
+        )
     return ok("API server", "would take the objects")
 
 
@@ -217,7 +223,7 @@ def check_cluster(kube: Kube, chart: Chart, objects: Sequence[Object]) -> Iterat
     looks: list[tuple[str, Any]] = [
         ("rights", lambda: _rights(kube, needs)),
         ("kinds", lambda: _kinds(kube, needs)),
-        ("nodes", lambda: map(lambda w: checks.nodes(w, nodes), needs.workloads) if (nodes := _nodes(kube)) else []),
+        ("nodes", lambda: _placements(kube, needs)),
         (
             "volumes",
             lambda: checks.storage_classes(
@@ -239,11 +245,12 @@ def check_cluster(kube: Kube, chart: Chart, objects: Sequence[Object]) -> Iterat
             yield checks.warning(what, f"cannot be seen: {problem.message}", "ask whoever runs the cluster")
 
 
-def _nodes(kube: Kube) -> list[Object]:
+def _placements(kube: Kube, needs: Needs) -> Iterator[Check]:
+    from claas_operator.cli import checks
+
     found = list(kube.list("/api/v1/nodes"))
-    if not found:
-        raise Problem("the cluster has no node", "add nodes")
-    return found
+    for workload in needs.workloads:
+        yield checks.nodes(workload, found)
 
 
 def _kinds(kube: Kube, needs: Needs) -> Iterator[Check]:
@@ -292,7 +299,11 @@ def reach_store(needs: Needs) -> Check:
     if ".svc" in needs.endpoint:
         return ok("store", f"{needs.endpoint} is inside the cluster: not looked at from here")
     bucket = s3[0].removeprefix("s3://").partition("/")[0]
-    url = f"{needs.endpoint.rstrip('/')}/{bucket}" if needs.endpoint else f"https://{bucket}.s3.{needs.region}.amazonaws.com"
+    url = (
+        f"{needs.endpoint.rstrip('/')}/{bucket}"
+        if needs.endpoint
+        else f"https://{bucket}.s3.{needs.region}.amazonaws.com"
+    )
     try:
         status = httpx.head(url, timeout=REACH_SECONDS).status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -313,9 +324,7 @@ def reach_store(needs: Needs) -> Check:
         "claas serve --host 0.0.0.0 --port 8443",
     ],
 )
-@click.option(
-    "--config", type=click.Path(path_type=Path), help="Settings; made from the release's own when absent."
-)
+@click.option("--config", type=click.Path(path_type=Path), help="Settings; made from the release's own when absent.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port to listen at.")
 @click.option(

@@ -48,7 +48,9 @@ def _dump(items: Iterable[BaseModel]) -> list[Any]:
     return [item.model_dump(mode="json") for item in items]
 
 
-@click.command(cls=Command, examples=["claas get requests", "claas get request coder-1a2b3c4d", "claas get requests -o json"])
+@click.command(
+    cls=Command, examples=["claas get requests", "claas get request coder-1a2b3c4d", "claas get requests -o json"]
+)
 @click.argument("id", required=False)
 @click.option("--adapter", metavar="NAME", help="Those of one adapter.")
 @_limit
@@ -75,7 +77,9 @@ def requests(target: Target, id: str | None, adapter: str | None, limit: int | N
     return Exit.OK
 
 
-@click.command(cls=Command, examples=["claas get adapters", "claas get adapter coder", "claas get adapter coder -o json"])
+@click.command(
+    cls=Command, examples=["claas get adapters", "claas get adapter coder", "claas get adapter coder -o json"]
+)
 @click.argument("name", required=False)
 @_limit
 @output
@@ -100,7 +104,9 @@ def adapters(target: Target, name: str | None, limit: int | None, form: Format) 
     return Exit.OK
 
 
-@click.command(cls=Command, examples=["claas get versions coder", "claas get versions coder -o json | jq -r .[].version"])
+@click.command(
+    cls=Command, examples=["claas get versions coder", "claas get versions coder -o json | jq -r .[].version"]
+)
 @click.argument("adapter")
 @_limit
 @output
@@ -159,7 +165,9 @@ def health(target: Target, form: Format) -> Exit:
     if form is Format.JSON:
         write_json(found.model_dump(mode="json"))
     else:
-        parts = [(name, getattr(found, name)) for name in ("operator", "workers", "teacher", "object_store", "api_server")]
+        parts = [
+            (name, getattr(found, name)) for name in ("operator", "workers", "teacher", "object_store", "api_server")
+        ]
         write_table(tables.PART_COLUMNS, tables.part_rows(parts))
     if found.status == "unknown":
         fix = "ask the REST API (--url), or whoever runs the cluster"
@@ -275,8 +283,9 @@ def fsck(target: Target, what: str, everything: bool, form: Format) -> Exit:
     something is broken or missing.
     """
     try:
-        from claas_store.errors import StorageDenied, StorageUnavailable, StoreError
         from claas_store.fsck import fsck as check
+
+        from claas_store.errors import StorageDenied, StorageUnavailable, StoreError
     except ModuleNotFoundError as error:
         raise missing(error.name, "operator", "claas fsck") from None
     known: list[str] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -18,7 +19,7 @@ class Spinner:
 
     def __init__(self, words: str) -> None:
         self._words, self._stack = words, ExitStack()
-        self._update = lambda words: None
+        self._update: Callable[[str], None] = lambda words: None
 
     def __enter__(self) -> Self:
         if person_watches():

@@ -1,4 +1,4 @@
-"""docs/cli.md, made from the commands themselves: `python -m claas_operator.cli.reference` writes it, a test compares."""
+"""docs/cli.md, made from the commands: `python -m claas_operator.cli.reference` writes it, a test compares."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ WIDTH = 100
 
 INTRODUCTION = """# The command line
 
-`claas` is one of three ways to use CLaaS, beside `kubectl` and the REST API, and does the same things. It is in the base
-install (`pip install claas`), which needs neither torch nor the Kubernetes client; commands that talk to a cluster say so
-when `pip install 'claas[operator]'` is missing.
+`claas` is one of three ways to use CLaaS, beside `kubectl` and the REST API, and does the same things. It is in the
+base install (`pip install claas`), which needs neither torch nor the Kubernetes client; commands that talk to a cluster
+say so when `pip install 'claas[operator]'` is missing.
 
 This page is made from the commands (`make docs`); `claas COMMAND --help` says the same.
 
 ## Which installation, as whom
 
-| by | give | for |
+| by | give | it |
 |---|---|---|
-| kubeconfig | nothing, or `--kubeconfig`, `--context`, `-n` | whoever has a role in the namespace: it reads and writes the resources |
-| url | `--url` with `--key` or `--token` (`CLAAS_URL`, `CLAAS_API_KEY`, `CLAAS_TOKEN`) | applications and people outside the cluster: it asks the REST API |
+| kubeconfig | nothing, or `--kubeconfig`, `--context`, `-n` | reads and writes the resources, with your rights |
+| url | `--url` with `--key` or `--token` | asks the REST API, for people outside the cluster |
 
-Keys and tokens are better given by the environment: other users of a machine can read a command line.
+Keys and tokens are better given by the environment (`CLAAS_URL`, `CLAAS_API_KEY`, `CLAAS_TOKEN`): other users of a
+machine can read a command line.
 
 ## What goes where
 
-- Answers go to stdout, everything else to stderr. On a terminal an answer is a table; piped, it is tab-separated with a
-  header line, without colours, and nothing is said about progress. `-o json` is one JSON document, with the REST API's names.
+- Answers go to stdout, everything else to stderr. On a terminal an answer is a table; piped, it is tab-separated with
+  a header line, without colours, and nothing is said about progress. `-o json` is one JSON document, with the REST
+  API's names.
 - An error is one line that names the field or the object, and one that says what to do. There is no traceback for what
   was foreseen, and no error quotes a prompt, a response or feedback.
 - Ctrl-C stops the waiting, never the request: it says how to look at it and how to cancel it.

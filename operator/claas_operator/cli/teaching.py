@@ -161,8 +161,9 @@ def follow(door: Door, request: Request, timeout: float | None, form: Format) ->
 
     try:
         with Progress(request) as progress:
-            for request in door.watch(request.id, timeout):
-                progress.show(request)
+            for seen in door.watch(request.id, timeout):
+                request = seen
+                progress.show(seen)
     except KeyboardInterrupt:
         say(f"\nclaas: stopped waiting; request {request.id} goes on. Look: claas get request {request.id}")
         say(f"Stop it: claas cancel {request.id}")
@@ -298,7 +299,7 @@ def _pair(words: str) -> tuple[str, Any]:
 @output
 @connection
 def cancel(target: Target, id: str, form: Format) -> Exit:
-    """Stop a request. One that waits ends at once; of one that runs nothing is saved, unless its step is done already."""
+    """Stop a request. One that waits ends at once; of one that runs nothing is saved, unless its step is done."""
     with opened(target, "claas cancel") as door:
         request = door.cancel(id)
     if form is Format.JSON:
