@@ -10,7 +10,7 @@ Routes (every one but health, and the documents, needs `Authorization: Bearer <t
 | `GET /v1/health` | | 200 or 503 `Health` |
 | `GET /v1/whoami` | | 200 `Caller`: namespace, storage prefixes, limits |
 | `GET /v1/reasons` | | 200 `Reasons`: every reason and what it means |
-| `GET /v1/requests` | `?limit=&continue=&adapter=` | 200 `RequestList` |
+| `GET /v1/requests` | `?limit=&continue=` | 200 `RequestList` |
 | `GET /v1/requests/{id}` | `?wait=` | 200 `Request`; with `wait`, when it has ended or so many seconds have passed |
 | `DELETE /v1/requests/{id}` | | 202 `Request`: cancelled, unless it ended before |
 | `GET /v1/requests/{id}/events` | | 200 `text/event-stream` of `Request`s: event `phase`, at last `end` |

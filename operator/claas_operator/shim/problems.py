@@ -61,11 +61,13 @@ UNAVAILABLE = Kind("unavailable", HTTPStatus.SERVICE_UNAVAILABLE, "A part does n
 FAILED: Final = "failed"  # of the kinds below, one a reason
 
 # A request that failed, or an adapter that could not be made: what its caller is told. Not listed: 500.
-STATUSES: Final[Mapping[Reason, HTTPStatus]] = {
+STATUSES: Final[Mapping[str, HTTPStatus]] = {
     Reason.CANCELLED: HTTPStatus.CONFLICT,
     Reason.VERSION_CONFLICT: HTTPStatus.CONFLICT,
     Reason.ADAPTER_GONE: HTTPStatus.GONE,
     Reason.ADAPTER_NOT_FOUND: HTTPStatus.NOT_FOUND,
+    "VersionUnknown": HTTPStatus.NOT_FOUND,
+    "VersionCollected": HTTPStatus.GONE,
     Reason.STORAGE_DENIED: HTTPStatus.FORBIDDEN,
     Reason.PAYLOAD_TOO_LARGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     Reason.QUOTA_EXCEEDED: HTTPStatus.TOO_MANY_REQUESTS,

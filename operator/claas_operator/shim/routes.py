@@ -30,6 +30,7 @@ MAX_PAGE: Final = 200
 EVENTS_SECONDS: Final = 3600.0  # a stream ends then; whoever still wants to know asks again
 PING_SECONDS: Final = 15.0  # so that no proxy between us takes a quiet stream for a dead one
 MAX_KEY: Final = 255
+FORGET_SECONDS: Final = 10.0  # for the operator to see that a field was emptied
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 router = APIRouter(prefix="/v1", route_class=Route)
@@ -368,7 +369,7 @@ async def init_lora(
     door, namespace = tenant.door, tenant.namespace
     door.check_uri("output_uri", body.output_uri, namespace)
     if body.init_from is not None:
-        door.check_uri("init_from", body.init_from, namespace)
+        door.check_uri("init_from", body.init_from, namespace, door.settings.fork_prefixes(namespace))
     wanted = spec.adapter_object(body, door.settings)
     raw = await _adapter_of(tenant, wanted)
     name = raw["metadata"]["name"]
@@ -469,18 +470,24 @@ async def rollback(
     where = tenant.location(Kind.ADAPTER, name)
     if status.version == body.version and raw["spec"].get("rollbackTo") in (None, body.version):
         return JSONResponse(_json(spec.to_adapter(raw)))
-    if raw["spec"].get("rollbackTo") == body.version:  # once more: it acts when it changes
-        await door.cluster.merge(path, {"spec": {"rollbackTo": None}})
+    if raw["spec"].get("rollbackTo") == body.version:
+        # It was asked for before: the operator answers a change, so it must have seen the field empty.
+        raw = await door.cluster.merge(path, {"spec": {"rollbackTo": None}})
+        await door.until(request, Kind.ADAPTER, raw, _unanswered, FORGET_SECONDS)
     raw = await door.cluster.merge(path, {"spec": {"rollbackTo": body.version}})
     generation = raw["metadata"]["generation"]
-
-    def done(now: Object) -> bool:
-        return int((now.get("status") or {}).get("rolledBackGeneration") or 0) >= generation
-
-    raw = await door.until(request, Kind.ADAPTER, raw, done, wait.seconds)
-    if not done(raw):
+    raw = await door.until(
+        request, Kind.ADAPTER, raw, lambda now: spec.rolled_back(now, body.version, generation), wait.seconds
+    )
+    if not spec.rolled_back(raw, body.version, generation):
         return _accepted(where, spec.to_adapter(raw), wait)
+    if (refusal := spec.not_rolled_back(raw, generation)) is not None:
+        raise problems.failed(refusal.get("reason", ""), refusal.get("message", ""), where)
     return JSONResponse(_json(spec.to_adapter(raw)))
+
+
+def _unanswered(raw: Object) -> bool:
+    return not (raw.get("status") or {}).get("rollbackAnswered")
 
 
 def _no_version(name: str, tenant: Tenant) -> Problem:

@@ -151,6 +151,17 @@ def _wire_names(content: Mapping[str, Any]) -> Object:
 # From a resource
 
 
+_TOLD_OF_ADAPTERS: Final = (
+    "headSeq",
+    "uri",
+    "version",
+    "conditions",
+    "observedGeneration",
+    "rolledBackGeneration",
+    "rollbackAnswered",
+)
+
+
 def trim_request(raw: Object) -> Object:
     """A DistillRequest without samples, claim and result: what somebody who waits may be told."""
     spec, status = raw.get("spec") or {}, raw.get("status") or {}
@@ -175,7 +186,7 @@ def trim_adapter(raw: Object) -> Object:
         "spec": {},
         "status": {
             name: status[name]
-            for name in ("headSeq", "uri", "version", "conditions", "observedGeneration", "rolledBackGeneration")
+            for name in _TOLD_OF_ADAPTERS
             if name in status
         },
     }
@@ -205,6 +216,22 @@ def unmade(raw: Object) -> Object | None:
         if condition.get("type") == ConditionType.READY and condition.get("status") == "False" and lasting:
             return dict(condition)
     return None
+
+
+def rolled_back(raw: Object, version: str, generation: int) -> bool:
+    """Whether the operator has answered the wish of that generation: done, or refused."""
+    status = raw.get("status") or {}
+    answered = status.get("rollbackAnswered") == version and int(status.get("observedGeneration") or 0) >= generation
+    return answered or int(status.get("rolledBackGeneration") or 0) >= generation
+
+
+def not_rolled_back(raw: Object, generation: int) -> Object | None:
+    """The condition that says why that wish was refused; None: it was done."""
+    status = raw.get("status") or {}
+    if int(status.get("rolledBackGeneration") or 0) >= generation:
+        return None
+    said = (c for c in status.get("conditions") or [] if c.get("type") == "RolledBack" and c.get("status") == "False")
+    return dict(next(said, {}))
 
 
 def _condition(conditions: list[Condition], kind: ConditionType) -> Condition | None:
