@@ -39,7 +39,7 @@ SETTINGS = ShimSettings.of(settings())
         b'{"a": "\\ud800"}',
         b'{"\\udfff": 1}',
         b'{"a": "\xff"}',
-        b'\xff\xfe{\x00}\x00',
+        b"\xff\xfe{\x00}\x00",
         b'{"a": 1, "a": 2}',
         b'{"a": "\x00"}',
         b"[" * 100_000,

@@ -161,7 +161,12 @@ def test_hostile_headers(team: httpx.Client) -> None:
 
 
 def test_methods_that_are_not_there(team: httpx.Client) -> None:
-    for method, path in (("PUT", "/v1/distill"), ("GET", "/v1/distill"), ("PATCH", "/v1/requests/a"), ("TRACE", "/docs")):
+    for method, path in (
+        ("PUT", "/v1/distill"),
+        ("GET", "/v1/distill"),
+        ("PATCH", "/v1/requests/a"),
+        ("TRACE", "/docs"),
+    ):
         answer = team.request(method, path)
         assert answer.status_code == 405
         assert answer.headers["allow"]

@@ -106,12 +106,14 @@ async def test_a_watch_that_is_too_old_lists_again(stage: Stage, control_plane: 
         """An API server that has forgotten what the first watch asks for, and tells when it is asked."""
 
         asked = 0
+        again = asyncio.Event()
 
         async def watch(self, kind: Kind, version: str) -> AsyncIterator[tuple[str, Object]]:
             self.asked += 1
             if self.asked == 1:
                 await asyncio.to_thread(stage.request, "meanwhile")
                 raise Gone
+            self.again.set()
             async for event in super().watch(kind, version):
                 yield event
 
@@ -120,8 +122,7 @@ async def test_a_watch_that_is_too_old_lists_again(stage: Stage, control_plane: 
     task = asyncio.create_task(informer.run())
     async with asyncio.timeout(WAIT_SECONDS):
         await informer.synced.wait()
-        while forgetful.asked < 2:
-            await asyncio.sleep(0.05)
+        await forgetful.again.wait()
         uid = stage.api("GET", stage.request_path("meanwhile"))["metadata"]["uid"]
         with informer.subscribe(uid) as subscription:
             await subscription.news()

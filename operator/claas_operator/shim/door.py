@@ -128,7 +128,7 @@ class Door:
         return found
 
     async def create(self, kind: Kind, namespace: str, wanted: Object) -> tuple[Object, bool]:
-        """(the object of that name, whether this call made it). Tried again where the answer was lost: the name is ours.
+        """(the object of that name, whether this call made it). Tried again when an answer was lost: the name is ours.
 
         Raises:
             Problem: 404 the namespace is not there.

@@ -54,7 +54,10 @@ MEDIA = Kind(
 INVALID = Kind("invalid", HTTPStatus.UNPROCESSABLE_ENTITY, "A value is not accepted", "correct the fields in `errors`")
 RATE = Kind("rate", HTTPStatus.TOO_MANY_REQUESTS, "Too many calls", "wait as long as Retry-After says")
 QUOTA = Kind(
-    "quota", HTTPStatus.TOO_MANY_REQUESTS, "The namespace's quota is used up", "wait for requests to end, or ask for more"
+    "quota",
+    HTTPStatus.TOO_MANY_REQUESTS,
+    "The namespace's quota is used up",
+    "wait for requests to end, or ask for more",
 )
 INTERNAL = Kind("internal", HTTPStatus.INTERNAL_SERVER_ERROR, "An error of ours", "try again; quote the request_id")
 UNAVAILABLE = Kind("unavailable", HTTPStatus.SERVICE_UNAVAILABLE, "A part does not answer", "try again in a moment")

@@ -19,7 +19,7 @@ from claas_crds.reasons import Reason, describe
 from claas_operator.shim import models, problems, spec
 from claas_operator.shim.auth import Act
 from claas_operator.shim.cluster import Object
-from claas_operator.shim.door import Door, location, not_found, resource
+from claas_operator.shim.door import Door, location, resource
 from claas_operator.shim.http import OPEN, Route
 from claas_operator.shim.problems import Problem
 from claas_operator.shim.settings import INLINE_BYTES, NAMESPACE_PATTERN
@@ -141,17 +141,15 @@ async def _wait(
 
 AnyWait = Annotated[Wait, Depends(_wait)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Items of a page, at most.")]
-Continue = Annotated[
-    str | None, Query(alias="continue", max_length=4096, description="`continue` of the page before.")
-]
+Continue = Annotated[str | None, Query(alias="continue", max_length=4096, description="`continue` of the page before.")]
 Key = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
         min_length=1,
         max_length=MAX_KEY,
-        description="Any text of yours. The same key with the same body is the same request, whichever replica answers; "
-        "with another body it is a 409. It is remembered for as long as the request is.",
+        description="Any text of yours. The same key with the same body is the same request, whichever replica "
+        "answers; with another body it is a 409. It is remembered for as long as the request is.",
     ),
 ]
 Name = Annotated[str, Path(description="Its name.", max_length=253, pattern=f"^{_NAME.pattern}$")]
@@ -268,9 +266,7 @@ async def list_requests(
     token: Continue = None,
 ) -> Response:
     """The namespace's requests, page by page, by name."""
-    items, following, _ = await tenant.door.cluster.page(
-        Kind.REQUEST, tenant.namespace, limit=limit, token=token or ""
-    )
+    items, following, _ = await tenant.door.cluster.page(Kind.REQUEST, tenant.namespace, limit=limit, token=token or "")
     found = models.RequestList(items=[spec.to_request(raw) for raw in items], continue_=following or None)
     return JSONResponse(_json(found))
 
@@ -406,9 +402,7 @@ async def list_adapters(
     token: Continue = None,
 ) -> Response:
     """The namespace's adapters, page by page, by name."""
-    items, following, _ = await tenant.door.cluster.page(
-        Kind.ADAPTER, tenant.namespace, limit=limit, token=token or ""
-    )
+    items, following, _ = await tenant.door.cluster.page(Kind.ADAPTER, tenant.namespace, limit=limit, token=token or "")
     found = models.AdapterList(items=[spec.to_adapter(raw) for raw in items], continue_=following or None)
     return JSONResponse(_json(found))
 

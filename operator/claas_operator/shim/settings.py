@@ -32,7 +32,7 @@ class Auth(_Part):
 
     mode: Literal["Kubernetes", "ApiKey", "None"] = Field(
         "Kubernetes",
-        description="Kubernetes: bearer tokens of the cluster, and its RBAC. ApiKey: keys whose digests lie in Secrets. "
+        description="Kubernetes: bearer tokens of the cluster, and its RBAC. ApiKey: keys, their digests in Secrets. "
         "None: everybody is `namespace`; for one tenant on a trusted network.",
     )
     namespace: str = Field("", description="With mode None: the one tenant's namespace.")
@@ -107,9 +107,7 @@ class ShimSettings(_Part):
 
 
 def _of(prefixes: Iterable[Prefix], namespace: str) -> list[str]:
-    return [
-        prefix.uri.replace("{namespace}", namespace) for prefix in prefixes if prefix.namespace in ("*", namespace)
-    ]
+    return [prefix.uri.replace("{namespace}", namespace) for prefix in prefixes if prefix.namespace in ("*", namespace)]
 
 
 def load(path: Path) -> ShimSettings:

@@ -180,15 +180,9 @@ def trim_adapter(raw: Object) -> Object:
     status = raw.get("status") or {}
     meta = raw["metadata"]
     return {
-        "metadata": {
-            name: meta.get(name) for name in ("name", "namespace", "uid", "resourceVersion", "generation")
-        },
+        "metadata": {name: meta.get(name) for name in ("name", "namespace", "uid", "resourceVersion", "generation")},
         "spec": {},
-        "status": {
-            name: status[name]
-            for name in _TOLD_OF_ADAPTERS
-            if name in status
-        },
+        "status": {name: status[name] for name in _TOLD_OF_ADAPTERS if name in status},
     }
 
 
@@ -278,7 +272,7 @@ def to_distilled(raw: Object) -> models.Distilled:
 
 
 # With NoSignal a worker may report no numbers: student and teacher agree, so every term is zero and every ratio one.
-_NOTHING_LEARNT: Final = {name: 0 for name in models.Numbers.model_fields} | {"mean_is_ratio": 1.0}
+_NOTHING_LEARNT: Final = dict.fromkeys(models.Numbers.model_fields, 0) | {"mean_is_ratio": 1.0}
 
 
 def to_adapter(raw: Object) -> models.Adapter:
