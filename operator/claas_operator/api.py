@@ -129,7 +129,7 @@ class Api:
 
 
 async def configure() -> client.Configuration:
-    """How to reach the API server: as the Pod's service account, or by KUBECONFIG (or ~/.kube/config) outside a cluster.
+    """How to reach the API server: as the Pod's service account, or by KUBECONFIG (~/.kube/config) outside a cluster.
 
     Raises:
         kubernetes.aio.config.ConfigException: neither is there.

@@ -65,9 +65,7 @@ def test_the_published_example_byte_for_byte(stage: ShimStage) -> None:
     assert found.keys() == {"lora_uri", "metadata"}
     assert found["metadata"].keys() == NINE
     assert found["lora_uri"].startswith("s3://my-bucket/loras/user123/coder-v1-") and is_step_output(found["lora_uri"])
-    assert found["metadata"]["total_loss"] == pytest.approx(
-        found["metadata"]["pg_loss"] + found["metadata"]["jsd_reg"]
-    )
+    assert found["metadata"]["total_loss"] == pytest.approx(found["metadata"]["pg_loss"] + found["metadata"]["jsd_reg"])
     spec = created(stage, answer.headers["content-location"].rpartition("/")[2])["spec"]
     example = json.loads(EXAMPLE)
     assert spec["loraUri"] == example["lora_uri"]
@@ -275,9 +273,7 @@ def test_a_new_adapter(stage: ShimStage, team: httpx.Client) -> None:
         waiting = threads.submit(team.post, "/v1/lora/init", json=asked)  # the same again: the same adapter
         path = f"{GROUP}/namespaces/{stage.team}/{names.ADAPTER_PLURAL}/{name}/status"
         entry = {"seq": 1, "version": "Fresh_One", "uri": uri, "requestUid": "", "at": "2026-01-01T00:00:00.000000Z"}
-        stage.api(
-            "PATCH", path, {"status": {"uri": uri, "version": "Fresh_One", "headSeq": 1, "history": [entry]}}
-        )
+        stage.api("PATCH", path, {"status": {"uri": uri, "version": "Fresh_One", "headSeq": 1, "history": [entry]}})
         made = waiting.result()
     assert (made.status_code, made.json()) == (200, {"lora_uri": uri})
     differs = team.post("/v1/lora/init", json=asked | {"lora_r": 16})

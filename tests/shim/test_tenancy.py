@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,13 @@ def ids(route: tuple[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def secrets(stage: ShimStage) -> Iterator[dict[str, str]]:
+def secrets(stage: ShimStage) -> dict[str, str]:
     """What the tenant `other` has: an adapter, a request, a version."""
     team, stage.team = stage.team, stage.other
     stage.adapter("hidden")
     name = stage.request("hidden-request", "hidden")["metadata"]["name"]
     stage.team = team
-    yield {"adapter": "hidden", "request": name, "uri": f"s3://adapters/{stage.other}/hidden/"}
+    return {"adapter": "hidden", "request": name, "uri": f"s3://adapters/{stage.other}/hidden/"}
 
 
 def call(
@@ -102,9 +101,7 @@ def test_another_tenants_names_mean_nothing_at_home(
 
 
 @pytest.mark.parametrize("field", ["lora_uri", "output_uri", "init_from"])
-def test_another_tenants_prefix_is_closed(
-    stage: ShimStage, shim: Shim, secrets: dict[str, str], field: str
-) -> None:
+def test_another_tenants_prefix_is_closed(stage: ShimStage, shim: Shim, secrets: dict[str, str], field: str) -> None:
     own = f"s3://adapters/{stage.team}/mine/"
     for uri in (
         secrets["uri"],

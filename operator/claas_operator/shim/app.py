@@ -63,9 +63,10 @@ class _Server(uvicorn.Server):
     door: Door | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends it in good order, the second at once. (uvicorn's own raises it again at the end.)"""
+        self.force_exit, self.should_exit = self.should_exit, True
         if self.door is not None:
-            asyncio.get_event_loop().call_soon_threadsafe(self.door.leave)
-        super().handle_exit(sig, frame)
+            asyncio.get_running_loop().call_soon_threadsafe(self.door.leave)
 
 
 def run(settings: ShimSettings, *, host: str = "127.0.0.1", port: int = 8080, log_level: str = "INFO") -> int:

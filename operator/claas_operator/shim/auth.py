@@ -1,7 +1,7 @@
 """Who is calling, and what they may do: three modes behind one face.
 
-`Kubernetes`: a bearer token is reviewed by the API server, and every verb on every resource of a namespace is its RBAC's
-to permit. `ApiKey`: a key's digest lies in a Secret that binds it to one namespace. `None`: everybody is one tenant.
+`Kubernetes`: a bearer token is reviewed by the API server, and every verb on a resource of a namespace is its RBAC's to
+permit. `ApiKey`: a key's digest lies in a Secret that binds it to one namespace. `None`: everybody is one tenant.
 What was learnt is kept for seconds, in caches of bounded size, keyed by the token's digest: no token is kept.
 """
 

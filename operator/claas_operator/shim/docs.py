@@ -54,7 +54,12 @@ Feedback on one response of a model becomes one training step on your own LoRA a
 def document(app: FastAPI) -> dict[str, Any]:
     """The API, as it is for everybody."""
     found = get_openapi(
-        title="CLaaS", version="1", openapi_version="3.1.0", description=_ABOUT, routes=app.routes, servers=[{"url": "/"}]
+        title="CLaaS",
+        version="1",
+        openapi_version="3.1.0",
+        description=_ABOUT,
+        routes=app.routes,
+        servers=[{"url": "/"}],
     )
     components = found.setdefault("components", {})
     schemas = components.setdefault("schemas", {})

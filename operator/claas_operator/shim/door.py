@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Final
 
@@ -128,7 +128,7 @@ class Door:
         return found
 
     async def create(self, kind: Kind, namespace: str, wanted: Object) -> tuple[Object, bool]:
-        """(the object of that name, whether this call made it). Tried again where the answer was lost: the name is ours.
+        """(the object of that name, whether this call made it). Tried again when an answer was lost: the name is ours.
 
         Raises:
             Problem: 404 the namespace is not there.
@@ -168,8 +168,8 @@ class Door:
             what = f"the object store did not take the samples ({type(error).__name__})"
             raise Problem(problems.UNAVAILABLE, what) from None
 
-    def check_uri(self, field: str, uri: str, namespace: str) -> None:
-        """Whether the namespace may read and write there.
+    def check_uri(self, field: str, uri: str, namespace: str, more: Sequence[str] = ()) -> None:
+        """Whether the namespace may read and write there; `more`: prefixes that it may read besides.
 
         Raises:
             Problem: 422 it is no uri; 403 it lies elsewhere. What lies there is not looked at.
@@ -178,7 +178,7 @@ class Door:
             name = uris.version_name(uri)
         except UriInvalid as error:
             raise problems.invalid(field, str(error).partition(" ")[2] or "is no uri of a version") from None
-        prefixes = self.settings.prefixes(namespace)
+        prefixes = [*self.settings.prefixes(namespace), *more]
         if not uris.within(uri, prefixes) or len(name) > 253:
             allowed = ", ".join(prefixes) or "none"
             detail = f"must lie below a storage prefix of namespace {namespace}: {allowed}"

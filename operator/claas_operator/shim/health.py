@@ -107,7 +107,7 @@ class HealthCheck:
         return Part(status="healthy" if seen.ready else "unhealthy", message=seen.message)
 
     async def _object_store(self) -> Part:
-        """Lists a folder that is not there, in the bucket of the first prefix: rights and reach, and no tenant's data."""
+        """Lists a folder that is not there, in the bucket of the first prefix: rights and reach, no tenant's data."""
         prefixes = self._settings.storage.prefixes
         if not prefixes:
             return Part(status="unhealthy", message="no namespace has a storage prefix")

@@ -248,9 +248,7 @@ class Route(APIRoute):
     def get_route_handler(self) -> Handler:
         """FastAPI's handler, behind ours."""
         inner = super().get_route_handler()
-        known = {
-            parameter.alias for dependant in _dependants(self.dependant) for parameter in dependant.query_params
-        }
+        known = {parameter.alias for dependant in _dependants(self.dependant) for parameter in dependant.query_params}
 
         async def handle(request: Request) -> Response:
             door = request.app.state.door

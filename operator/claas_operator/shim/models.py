@@ -10,7 +10,7 @@ Routes (every one but health, and the documents, needs `Authorization: Bearer <t
 | `GET /v1/health` | | 200 or 503 `Health` |
 | `GET /v1/whoami` | | 200 `Caller`: namespace, storage prefixes, limits |
 | `GET /v1/reasons` | | 200 `Reasons`: every reason and what it means |
-| `GET /v1/requests` | `?limit=&continue=&adapter=` | 200 `RequestList` |
+| `GET /v1/requests` | `?limit=&continue=` | 200 `RequestList` |
 | `GET /v1/requests/{id}` | `?wait=` | 200 `Request`; with `wait`, when it has ended or so many seconds have passed |
 | `DELETE /v1/requests/{id}` | | 202 `Request`: cancelled, unless it ended before |
 | `GET /v1/requests/{id}/events` | | 200 `text/event-stream` of `Request`s: event `phase`, at last `end` |
@@ -171,7 +171,10 @@ class Training(Body):
 
     learning_rate: float | None = Field(None, gt=0, le=1, description="AdamW learning rate of the step; 1e-4.")
     alpha: float | None = Field(
-        None, ge=0, le=1, description="Divergence: 0 forward KL(q||p), 0.5 (default) Jensen-Shannon, 1 reverse KL(p||q)."
+        None,
+        ge=0,
+        le=1,
+        description="Divergence: 0 forward KL(q||p), 0.5 (default) Jensen-Shannon, 1 reverse KL(p||q).",
     )
     clip_eps: float | None = Field(None, ge=0, le=10, description="PPO clip range of the importance ratio; 0.2.")
     max_grad_norm: float | None = Field(
@@ -181,13 +184,16 @@ class Training(Body):
         None,
         ge=0,
         le=1000,
-        description="Weight of the divergence term; 0.5, or 1 with preset paper, or 0 with chosen tokens' logprobs only.",
+        description="Weight of the divergence term; 0.5, or 1 with preset paper, or 0 with only chosen tokens' logprobs.",
     )
     pg_weight: float | None = Field(
         None, ge=0, le=1000, description="Weight of the policy-gradient term; 1, or 0 with preset paper."
     )
     teacher_top_k: int | None = Field(
-        None, ge=1, le=100, description="Tokens of the vocabulary compared at each position; 100. The rest is one bucket."
+        None,
+        ge=1,
+        le=100,
+        description="Tokens of the vocabulary compared at each position; 100. The rest is one bucket.",
     )
     inner_steps: int | None = Field(None, ge=1, le=16, description="Optimizer steps on the same samples; 1.")
     advantage_clip: float | None = Field(None, gt=0, le=1000, description="Advantages are clamped to +-this; 10.")
@@ -227,8 +233,8 @@ class _On(Body):
 
     lora_uri: Uri | None = Field(
         None,
-        description="A version to train, s3://BUCKET/PATH/; the new one lies beside it. Either this or adapter. Nothing "
-        "but this uri is read: which version is the newest is the caller's to know.",
+        description="A version to train, s3://BUCKET/PATH/; the new one lies beside it. Either this or adapter. "
+        "Nothing but this uri is read: which version is the newest is the caller's to know.",
     )
     adapter: ObjectName | None = Field(
         None,
@@ -251,7 +257,9 @@ _ON_RULES: Final = (
     ),
 )
 _RESPONSES: Final = ("response", "response_token_ids")
-_EITHER: Final = "give either samples or, for a single one, prompt and response (and what goes with them) beside lora_uri"
+_EITHER: Final = (
+    "give either samples or, for a single one, prompt and response (and what goes with them) beside lora_uri"
+)
 
 PUBLISHED_EXAMPLE: Final = {
     "lora_uri": EXAMPLE_URI,
@@ -291,7 +299,7 @@ LITE_EXAMPLE: Final = {
 
 
 def _alternatives(*taught: str) -> dict[str, Any]:
-    """Which fields are needed together, in OpenAPI's words: one of two targets, and samples or a single one's fields."""
+    """Which fields are needed together, in OpenAPI's words: a target, and samples or a single one's fields."""
     needs = [{"anyOf": [{"required": [one]} for one in pair]} for pair in (("prompt", "messages"), _RESPONSES)]
     single = {"allOf": [*needs, *({"required": [name]} for name in taught)]}
     targets = [{"required": [name]} for name in ("lora_uri", "adapter")]
@@ -632,7 +640,9 @@ class Reasons(Answer):
 class FieldProblem(Answer):
     """What is wrong with one field."""
 
-    field: str = Field(description="Path in the body, such as samples[0].response; or the parameter's or header's name.")
+    field: str = Field(
+        description="Path in the body, such as samples[0].response; or the parameter's or header's name."
+    )
     detail: str = Field(description="What is wrong, and what would be right. Never quotes the input.")
 
 
@@ -648,4 +658,3 @@ class Problem(Answer):
     errors: list[FieldProblem] = Field(default_factory=list, description="The fields at fault, if any.")
     instance: str | None = Field(None, description="The request or adapter that it is about, if any.")
     request_id: str = Field(description="As in X-Request-Id and in the log: quote it when you ask for help.")
-

@@ -1,7 +1,7 @@
 """Samples that travel beside a request, as an object in its namespace's first prefix, and their end.
 
-An object is `<prefix>claas-payloads/<UTC time>-<random>.json`. It goes with the request that names it (the watch tells);
-what no request names, because a shim was killed between two writes or was not there when a request went, is found by a
+An object is `<prefix>claas-payloads/<UTC time>-<random>.json`. It goes with the request that names it (the watch
+tells); what no request names, because a shim was killed between two writes or was not there when a request went, is found by a
 sweep once it is older than the grace time. Of a namespace that went while no shim ran nobody knows any more: a
 lifecycle rule of the bucket on `claas-payloads/` ends that too.
 """
@@ -92,7 +92,9 @@ class Payloads:
             log.warning("payloads not swept", extra={"error": describe(error)})
             return
         before = datetime.now(UTC) - timedelta(seconds=self._settings.payload_grace_seconds)
-        folders = {prefix.rstrip("/") + f"/{FOLDER}/" for name in namespaces for prefix in self._settings.prefixes(name)}
+        folders = {
+            prefix.rstrip("/") + f"/{FOLDER}/" for name in namespaces for prefix in self._settings.prefixes(name)
+        }
         for folder in sorted(folders):
             try:
                 found = await asyncio.to_thread(lambda folder=folder: open_store(folder).list(folder))

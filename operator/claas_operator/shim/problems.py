@@ -54,18 +54,23 @@ MEDIA = Kind(
 INVALID = Kind("invalid", HTTPStatus.UNPROCESSABLE_ENTITY, "A value is not accepted", "correct the fields in `errors`")
 RATE = Kind("rate", HTTPStatus.TOO_MANY_REQUESTS, "Too many calls", "wait as long as Retry-After says")
 QUOTA = Kind(
-    "quota", HTTPStatus.TOO_MANY_REQUESTS, "The namespace's quota is used up", "wait for requests to end, or ask for more"
+    "quota",
+    HTTPStatus.TOO_MANY_REQUESTS,
+    "The namespace's quota is used up",
+    "wait for requests to end, or ask for more",
 )
 INTERNAL = Kind("internal", HTTPStatus.INTERNAL_SERVER_ERROR, "An error of ours", "try again; quote the request_id")
 UNAVAILABLE = Kind("unavailable", HTTPStatus.SERVICE_UNAVAILABLE, "A part does not answer", "try again in a moment")
 FAILED: Final = "failed"  # of the kinds below, one a reason
 
 # A request that failed, or an adapter that could not be made: what its caller is told. Not listed: 500.
-STATUSES: Final[Mapping[Reason, HTTPStatus]] = {
+STATUSES: Final[Mapping[str, HTTPStatus]] = {
     Reason.CANCELLED: HTTPStatus.CONFLICT,
     Reason.VERSION_CONFLICT: HTTPStatus.CONFLICT,
     Reason.ADAPTER_GONE: HTTPStatus.GONE,
     Reason.ADAPTER_NOT_FOUND: HTTPStatus.NOT_FOUND,
+    "VersionUnknown": HTTPStatus.NOT_FOUND,
+    "VersionCollected": HTTPStatus.GONE,
     Reason.STORAGE_DENIED: HTTPStatus.FORBIDDEN,
     Reason.PAYLOAD_TOO_LARGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     Reason.QUOTA_EXCEEDED: HTTPStatus.TOO_MANY_REQUESTS,

@@ -19,7 +19,7 @@ from claas_crds.reasons import Reason, describe
 from claas_operator.shim import models, problems, spec
 from claas_operator.shim.auth import Act
 from claas_operator.shim.cluster import Object
-from claas_operator.shim.door import Door, location, not_found, resource
+from claas_operator.shim.door import Door, location, resource
 from claas_operator.shim.http import OPEN, Route
 from claas_operator.shim.problems import Problem
 from claas_operator.shim.settings import INLINE_BYTES, NAMESPACE_PATTERN
@@ -30,6 +30,7 @@ MAX_PAGE: Final = 200
 EVENTS_SECONDS: Final = 3600.0  # a stream ends then; whoever still wants to know asks again
 PING_SECONDS: Final = 15.0  # so that no proxy between us takes a quiet stream for a dead one
 MAX_KEY: Final = 255
+FORGET_SECONDS: Final = 10.0  # for the operator to see that a field was emptied
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 router = APIRouter(prefix="/v1", route_class=Route)
@@ -140,17 +141,15 @@ async def _wait(
 
 AnyWait = Annotated[Wait, Depends(_wait)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Items of a page, at most.")]
-Continue = Annotated[
-    str | None, Query(alias="continue", max_length=4096, description="`continue` of the page before.")
-]
+Continue = Annotated[str | None, Query(alias="continue", max_length=4096, description="`continue` of the page before.")]
 Key = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
         min_length=1,
         max_length=MAX_KEY,
-        description="Any text of yours. The same key with the same body is the same request, whichever replica answers; "
-        "with another body it is a 409. It is remembered for as long as the request is.",
+        description="Any text of yours. The same key with the same body is the same request, whichever replica "
+        "answers; with another body it is a 409. It is remembered for as long as the request is.",
     ),
 ]
 Name = Annotated[str, Path(description="Its name.", max_length=253, pattern=f"^{_NAME.pattern}$")]
@@ -267,9 +266,7 @@ async def list_requests(
     token: Continue = None,
 ) -> Response:
     """The namespace's requests, page by page, by name."""
-    items, following, _ = await tenant.door.cluster.page(
-        Kind.REQUEST, tenant.namespace, limit=limit, token=token or ""
-    )
+    items, following, _ = await tenant.door.cluster.page(Kind.REQUEST, tenant.namespace, limit=limit, token=token or "")
     found = models.RequestList(items=[spec.to_request(raw) for raw in items], continue_=following or None)
     return JSONResponse(_json(found))
 
@@ -368,7 +365,7 @@ async def init_lora(
     door, namespace = tenant.door, tenant.namespace
     door.check_uri("output_uri", body.output_uri, namespace)
     if body.init_from is not None:
-        door.check_uri("init_from", body.init_from, namespace)
+        door.check_uri("init_from", body.init_from, namespace, door.settings.fork_prefixes(namespace))
     wanted = spec.adapter_object(body, door.settings)
     raw = await _adapter_of(tenant, wanted)
     name = raw["metadata"]["name"]
@@ -405,9 +402,7 @@ async def list_adapters(
     token: Continue = None,
 ) -> Response:
     """The namespace's adapters, page by page, by name."""
-    items, following, _ = await tenant.door.cluster.page(
-        Kind.ADAPTER, tenant.namespace, limit=limit, token=token or ""
-    )
+    items, following, _ = await tenant.door.cluster.page(Kind.ADAPTER, tenant.namespace, limit=limit, token=token or "")
     found = models.AdapterList(items=[spec.to_adapter(raw) for raw in items], continue_=following or None)
     return JSONResponse(_json(found))
 
@@ -469,18 +464,24 @@ async def rollback(
     where = tenant.location(Kind.ADAPTER, name)
     if status.version == body.version and raw["spec"].get("rollbackTo") in (None, body.version):
         return JSONResponse(_json(spec.to_adapter(raw)))
-    if raw["spec"].get("rollbackTo") == body.version:  # once more: it acts when it changes
-        await door.cluster.merge(path, {"spec": {"rollbackTo": None}})
+    if raw["spec"].get("rollbackTo") == body.version:
+        # It was asked for before: the operator answers a change, so it must have seen the field empty.
+        raw = await door.cluster.merge(path, {"spec": {"rollbackTo": None}})
+        await door.until(request, Kind.ADAPTER, raw, _unanswered, FORGET_SECONDS)
     raw = await door.cluster.merge(path, {"spec": {"rollbackTo": body.version}})
     generation = raw["metadata"]["generation"]
-
-    def done(now: Object) -> bool:
-        return int((now.get("status") or {}).get("rolledBackGeneration") or 0) >= generation
-
-    raw = await door.until(request, Kind.ADAPTER, raw, done, wait.seconds)
-    if not done(raw):
+    raw = await door.until(
+        request, Kind.ADAPTER, raw, lambda now: spec.rolled_back(now, body.version, generation), wait.seconds
+    )
+    if not spec.rolled_back(raw, body.version, generation):
         return _accepted(where, spec.to_adapter(raw), wait)
+    if (refusal := spec.not_rolled_back(raw, generation)) is not None:
+        raise problems.failed(refusal.get("reason", ""), refusal.get("message", ""), where)
     return JSONResponse(_json(spec.to_adapter(raw)))
+
+
+def _unanswered(raw: Object) -> bool:
+    return not (raw.get("status") or {}).get("rollbackAnswered")
 
 
 def _no_version(name: str, tenant: Tenant) -> Problem:

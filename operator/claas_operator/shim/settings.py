@@ -5,6 +5,7 @@ Nothing here is secret, and nothing of the operator's Pod templates is: the shim
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.alias_generators import to_camel
 
 from claas_crds.request import MAX_PAYLOAD_SAMPLES
-from claas_operator.settings import Settings, SettingsError, Storage, Teacher
+from claas_operator.settings import Prefix, Settings, SettingsError, Storage, Teacher
 
 # Samples that take more, as JSON, travel by payloadRef: etcd rewrites a whole object at every patch of its status.
 INLINE_BYTES: Final = 4096
@@ -31,7 +32,7 @@ class Auth(_Part):
 
     mode: Literal["Kubernetes", "ApiKey", "None"] = Field(
         "Kubernetes",
-        description="Kubernetes: bearer tokens of the cluster, and its RBAC. ApiKey: keys whose digests lie in Secrets. "
+        description="Kubernetes: bearer tokens of the cluster, and its RBAC. ApiKey: keys, their digests in Secrets. "
         "None: everybody is `namespace`; for one tenant on a trusted network.",
     )
     namespace: str = Field("", description="With mode None: the one tenant's namespace.")
@@ -84,11 +85,11 @@ class ShimSettings(_Part):
 
     def prefixes(self, namespace: str) -> list[str]:
         """The storage prefixes of `namespace`."""
-        return [
-            prefix.uri.replace("{namespace}", namespace)
-            for prefix in self.storage.prefixes
-            if prefix.namespace in ("*", namespace)
-        ]
+        return _of(self.storage.prefixes, namespace)
+
+    def fork_prefixes(self, namespace: str) -> list[str]:
+        """Where `namespace` may start adapters from, besides its own prefixes."""
+        return _of(getattr(self.storage, "fork_prefixes", ()), namespace)
 
     @classmethod
     def of(cls, operator: Settings, **changes: Any) -> ShimSettings:
@@ -103,6 +104,10 @@ class ShimSettings(_Part):
             }
             | changes
         )
+
+
+def _of(prefixes: Iterable[Prefix], namespace: str) -> list[str]:
+    return [prefix.uri.replace("{namespace}", namespace) for prefix in prefixes if prefix.namespace in ("*", namespace)]
 
 
 def load(path: Path) -> ShimSettings:

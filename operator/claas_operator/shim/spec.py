@@ -151,6 +151,17 @@ def _wire_names(content: Mapping[str, Any]) -> Object:
 # From a resource
 
 
+_TOLD_OF_ADAPTERS: Final = (
+    "headSeq",
+    "uri",
+    "version",
+    "conditions",
+    "observedGeneration",
+    "rolledBackGeneration",
+    "rollbackAnswered",
+)
+
+
 def trim_request(raw: Object) -> Object:
     """A DistillRequest without samples, claim and result: what somebody who waits may be told."""
     spec, status = raw.get("spec") or {}, raw.get("status") or {}
@@ -169,15 +180,9 @@ def trim_adapter(raw: Object) -> Object:
     status = raw.get("status") or {}
     meta = raw["metadata"]
     return {
-        "metadata": {
-            name: meta.get(name) for name in ("name", "namespace", "uid", "resourceVersion", "generation")
-        },
+        "metadata": {name: meta.get(name) for name in ("name", "namespace", "uid", "resourceVersion", "generation")},
         "spec": {},
-        "status": {
-            name: status[name]
-            for name in ("headSeq", "uri", "version", "conditions", "observedGeneration", "rolledBackGeneration")
-            if name in status
-        },
+        "status": {name: status[name] for name in _TOLD_OF_ADAPTERS if name in status},
     }
 
 
@@ -205,6 +210,22 @@ def unmade(raw: Object) -> Object | None:
         if condition.get("type") == ConditionType.READY and condition.get("status") == "False" and lasting:
             return dict(condition)
     return None
+
+
+def rolled_back(raw: Object, version: str, generation: int) -> bool:
+    """Whether the operator has answered the wish of that generation: done, or refused."""
+    status = raw.get("status") or {}
+    answered = status.get("rollbackAnswered") == version and int(status.get("observedGeneration") or 0) >= generation
+    return answered or int(status.get("rolledBackGeneration") or 0) >= generation
+
+
+def not_rolled_back(raw: Object, generation: int) -> Object | None:
+    """The condition that says why that wish was refused; None: it was done."""
+    status = raw.get("status") or {}
+    if int(status.get("rolledBackGeneration") or 0) >= generation:
+        return None
+    said = (c for c in status.get("conditions") or [] if c.get("type") == "RolledBack" and c.get("status") == "False")
+    return dict(next(said, {}))
 
 
 def _condition(conditions: list[Condition], kind: ConditionType) -> Condition | None:
@@ -251,7 +272,7 @@ def to_distilled(raw: Object) -> models.Distilled:
 
 
 # With NoSignal a worker may report no numbers: student and teacher agree, so every term is zero and every ratio one.
-_NOTHING_LEARNT: Final = {name: 0 for name in models.Numbers.model_fields} | {"mean_is_ratio": 1.0}
+_NOTHING_LEARNT: Final = dict.fromkeys(models.Numbers.model_fields, 0) | {"mean_is_ratio": 1.0}
 
 
 def to_adapter(raw: Object) -> models.Adapter:
