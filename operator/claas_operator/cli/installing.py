@@ -97,6 +97,8 @@ def find_chart(given: str | None) -> str:
         Problem: there is none.
     """
     if given:
+        if given.startswith(("/", ".")) and not Path(given).exists():
+            raise Problem(f"--chart: there is no {given}", "a folder, a .tgz, or oci://…", Exit.USAGE)
         return given
     for root in (Path(__file__).resolve().parents[3], Path.cwd()):
         if (root / "charts" / "claas" / "Chart.yaml").is_file():

@@ -274,9 +274,10 @@ def _contents(option: str, file: str) -> str:
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except OSError as error:
-        raise Problem(f"{option}: {file}: {error.strerror or type(error).__name__}", "", Exit.USAGE) from None
+        said = f"{option}: {file}: {error.strerror or type(error).__name__}"
+        raise Problem(said, "name a file that can be read, or - for stdin", Exit.USAGE) from None
     except UnicodeDecodeError:
-        raise Problem(f"{option}: {file} is not UTF-8 text", "", Exit.USAGE) from None
+        raise Problem(f"{option}: {file} is not UTF-8 text", "convert it first", Exit.USAGE) from None
 
 
 def _pair(words: str) -> tuple[str, Any]:
