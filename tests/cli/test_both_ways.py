@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+import operations
 from claas_crds import names
 from claas_operator.cli.exits import Exit
 from clikit import Claas, plain
@@ -292,33 +293,10 @@ def test_health(claas: Claas, stage: ShimStage) -> None:
 # Adapters
 
 
-def operate(stage: ShimStage, name: str) -> threading.Thread:
-    """A kubelet that runs the operation of one adapter."""
-
-    def run() -> None:
-        uid = ""
-
-        def pods() -> list[dict[str, Any]]:
-            return [
-                pod for pod in stage.pods("operation") if pod["metadata"]["labels"].get(names.ADAPTER_UID_LABEL) == uid
-            ]
-
-        stage.wait("the adapter", lambda: stage.see_adapter(name))
-        uid = stage.see_adapter(name)["metadata"]["uid"]
-        stage.wait("the operation's Pod", pods)
-        uri = stage.see_adapter(name)["spec"]["storage"]["uri"]
-        answer = {"ok": True, "uri": uri, "version": uri.rstrip("/").rpartition("/")[2], "sha256": "0" * 64}
-        stage.end_pod(pods()[0]["metadata"]["name"], "operation", json.dumps(answer))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
-
-
 def test_init_lora_waits_for_the_first_version(claas: Claas, stage: ShimStage) -> None:
     name = f"new-{next(_numbers)}"
     uri = adapter_uri(stage, name)
-    kubelet = operate(stage, name)
+    kubelet = operations.soon(stage, name)
     words = [
         "init-lora",
         "--output-uri",
@@ -378,7 +356,7 @@ def test_a_fork_has_its_source_s_shape_and_starts_at_its_head(claas: Claas, stag
     source = fresh(stage)
     assert claas("distill", "--adapter", source, *TEXTS).code == 0
     head, name = stage.see_adapter(source)["status"]["uri"], f"fork-{next(_numbers)}"
-    kubelet = operate(stage, name)
+    kubelet = operations.soon(stage, name)
     done = claas("fork", source, "--output-uri", adapter_uri(stage, name), "--name", name)
     kubelet.join(timeout=30)
     assert done.code == 0, done.err
@@ -386,7 +364,7 @@ def test_a_fork_has_its_source_s_shape_and_starts_at_its_head(claas: Claas, stag
     assert made["initFrom"]["uri"] == head
     assert made["baseModel"] == MODEL
     old = f"fork-{next(_numbers)}"
-    kubelet = operate(stage, old)
+    kubelet = operations.soon(stage, old)
     words = ["fork", source, "--version", source, "--output-uri", adapter_uri(stage, old), "--name", old]
     assert claas(*words).code == 0
     kubelet.join(timeout=30)

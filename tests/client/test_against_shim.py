@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+import operations
 from claas_client import (
     AsyncClient,
     BadRequest,
@@ -153,13 +153,7 @@ def test_health_and_whoami_and_reasons(client: Client, stage: ShimStage) -> None
 
 
 def test_init_lora_waits_for_the_operation_s_answer(client: Client, stage: ShimStage) -> None:
-    def operate() -> None:
-        stage.wait("the operation's Pod", lambda: stage.pods("operation"))
-        answer = {"ok": True, "uri": uri(stage, "fresh"), "version": "fresh", "sha256": "0" * 64}
-        stage.end_pod(stage.pods("operation")[-1]["metadata"]["name"], "operation", json.dumps(answer))
-
-    kubelet = threading.Thread(target=operate)
-    kubelet.start()
+    kubelet = operations.soon(stage, "fresh")
     made = client.init_lora(uri(stage, "fresh"), name="fresh", lora_r=8, timeout=30)
     kubelet.join(timeout=30)
     assert made.lora_uri == uri(stage, "fresh")
@@ -197,10 +191,7 @@ def test_a_killed_server_costs_a_caller_nothing(stage: ShimStage, shim: Shim) ->
         call.start()
         stage.wait("the request", asked)
         dying.kill()
-        head = {"seq": 1, "version": "held", "uri": uri(stage, "held"), "requestUid": "", "at": "2026-11-25T12:00:00Z"}
-        status = {"uri": uri(stage, "held"), "version": "held", "headSeq": 1, "history": [head]}
-        path = f"{GROUP}/namespaces/{stage.team}/{names.ADAPTER_PLURAL}/held/status"
-        stage.api("PATCH", path, {"status": status})
+        operations.make_first_version(stage, "held")
         call.join(timeout=60)
     assert made and made[0].metadata.tokens_processed == 7
     assert len(asked()) == 1
