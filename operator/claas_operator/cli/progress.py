@@ -19,14 +19,17 @@ class Spinner:
 
     def __init__(self, words: str) -> None:
         self._words, self._stack = words, ExitStack()
-        self._update: Callable[[str], None] = lambda words: None
+        self._say: Callable[[str], None] = lambda words: None
+        self._above: Callable[[str], None] = lambda line: None
 
     def __enter__(self) -> Self:
         if person_watches():
             from rich.text import Text
 
-            status = self._stack.enter_context(console(err=True).status(Text(self._words)))
-            self._update = lambda words: status.update(Text(words))
+            screen = console(err=True)
+            status = self._stack.enter_context(screen.status(Text(self._words)))
+            self._say = lambda words: status.update(Text(words))
+            self._above = lambda line: screen.print(Text(line, style="dim"))
         return self
 
     def __exit__(
@@ -36,36 +39,30 @@ class Spinner:
 
     def say(self, words: str) -> None:
         """Other words on the line."""
-        self._update(words)
+        self._say(words)
+
+    def above(self, line: str) -> None:
+        """A line that stays, above the one that turns."""
+        self._above(line)
 
 
-class Progress:
+class Progress(Spinner):
     """The states of one request: the present one turns, those that are over stay above it with their seconds."""
 
     def __init__(self, request: Request) -> None:
-        self._console = console(err=True) if person_watches() else None
-        self._spinner = Spinner(f"request {request.id}")
+        super().__init__(f"request {request.id}")
         self._shown, self._since = "", time.monotonic()
-
-    def __enter__(self) -> Self:
-        self._spinner.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._spinner.__exit__(kind, error, trace)
 
     def show(self, request: Request) -> None:
         """The request as it is now."""
         line = describe(request)
-        if self._console is None or line == self._shown:
+        if line == self._shown:
             return
         now = time.monotonic()
         if self._shown:
-            self._console.print(f"{now - self._since:7.1f} s  {self._shown}", markup=False, style="dim")
+            self.above(f"{now - self._since:7.1f} s  {self._shown}")
         self._shown, self._since = line, now
-        self._spinner.say(line)
+        self.say(line)
 
 
 def describe(request: Request) -> str:
