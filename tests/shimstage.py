@@ -57,6 +57,8 @@ EDITOR_RULES: list[Raw] = [
 VIEWER_RULES: list[Raw] = [
     {"apiGroups": [names.GROUP], "resources": ["distillrequests", "loraadapters"], "verbs": ["get", "list", "watch"]}
 ]
+# The real worker renews its Lease every 5 s.
+ONE_WORKER: Raw = {"pool": {"minWorkers": 1, "maxWorkers": 1, "batch": 16}, "timings": {"leaseSeconds": 15}}
 GROUP = "rbac.authorization.k8s.io"
 
 
@@ -215,7 +217,7 @@ class Shim:
 def shim_stage(control_plane: ControlPlane, folder: Path, name: str, store: ObjectStore) -> Iterator[ShimStage]:
     """A stage with an operator that leads, and one worker that is Ready."""
     with ShimStage(control_plane, folder, name, store) as stage:
-        stage.start_operator(stage.settings(pool={"minWorkers": 1, "maxWorkers": 1, "batch": 16}))
+        stage.start_operator(stage.settings(**ONE_WORKER))
         stage.wait_to_lead()
         stage.start_worker()
         yield stage

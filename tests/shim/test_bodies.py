@@ -155,10 +155,10 @@ def test_every_reason_of_a_failure_has_a_status() -> None:
 def test_names_of_keys_and_uris() -> None:
     assert spec.request_name("a") == spec.request_name("a") != spec.request_name("b")
     assert spec.request_name(None) != spec.request_name(None)
-    one = spec.adapter_name(InitBody(output_uri="s3://adapters/team/My Coder_v1/"))
+    one = spec.adapter_name(InitBody(output_uri="s3://adapters/team/My.Coder_v1/"))
     assert one.startswith("my-coder-v1-")
-    assert one == spec.adapter_name(InitBody(output_uri="s3://adapters/team/My Coder_v1"))
-    assert one != spec.adapter_name(InitBody(output_uri="s3://adapters/team/other/My Coder_v1"))
+    assert one == spec.adapter_name(InitBody(output_uri="s3://adapters/team/My.Coder_v1"))
+    assert one != spec.adapter_name(InitBody(output_uri="s3://adapters/team/other/My.Coder_v1"))
     assert spec.adapter_name(InitBody(output_uri="s3://adapters/team/日本/")).startswith("lora-")
 
 

@@ -15,7 +15,7 @@ import pytest
 from claas_crds import names
 from claas_store.uris import is_step_output
 from operatorstage import GROUP
-from shimstage import Shim, ShimStage
+from shimstage import ONE_WORKER, Shim, ShimStage
 
 pytestmark = pytest.mark.controlplane
 
@@ -54,7 +54,7 @@ def test_the_published_example_byte_for_byte(stage: ShimStage) -> None:
     operator = stage.operators[-1]
     operator.terminate()
     operator.wait(timeout=10)
-    settings = stage.settings(pool={"minWorkers": 1, "maxWorkers": 1, "batch": 16}, **everybody)
+    settings = stage.settings(**ONE_WORKER, **everybody)
     stage.start_operator(settings)
     stage.wait_to_lead()
     shim = stage.start_shim(auth={"mode": "None", "namespace": stage.team}, **everybody)
@@ -84,7 +84,7 @@ def test_the_published_example_byte_for_byte(stage: ShimStage) -> None:
     shim.kill()
     stage.operators[-1].terminate()
     stage.operators[-1].wait(timeout=10)
-    stage.start_operator(stage.settings(pool={"minWorkers": 1, "maxWorkers": 1, "batch": 16}))
+    stage.start_operator(stage.settings(**ONE_WORKER))
     stage.wait_to_lead()
 
 

@@ -65,9 +65,11 @@ def test_every_example_of_a_body_is_accepted(stage: ShimStage, team: httpx.Clien
         reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         for example in found["components"]["schemas"][reference.rpartition("/")[2]]["examples"]:
             example = example | ({"version": "coder"} if path.endswith("rollback") else {})
-            answer = team.request(method, path.replace("{name}", "coder"), json=example, params={"wait": 10})
-            expected = 202 if path.endswith("init") else 200  # nobody runs its create Job here
-            assert answer.status_code == expected, (path, answer.text)
+            # Nobody runs the create Job of an init here, and an operator that does not roll back leaves that a 202 too.
+            later = path.endswith(("init", "rollback"))
+            params = {"wait": 1 if later else 20}
+            answer = team.request(method, path.replace("{name}", "coder"), json=example, params=params)
+            assert answer.status_code == 200 or (later and answer.status_code == 202), (path, answer.text)
             check(found, operation, answer)
             ran += 1
     assert ran == 5

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from kubernetes.aio import client, config
 
-from claas_operator.api import configure
 from claas_operator.shim import spec
-from claas_operator.shim.cluster import Cluster, Gone, Object, connect_cluster
+from claas_operator.shim.cluster import Cluster, Gone, Object
 from claas_operator.shim.informer import Informer
 from claas_operator.snapshot import Kind
 from cluster.controlplane import ControlPlane
@@ -37,9 +36,16 @@ def stage(control_plane: ControlPlane, tmp_path: Path, request: pytest.FixtureRe
 
 
 @pytest.fixture
-async def cluster(control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
-    monkeypatch.setitem(os.environ, "KUBECONFIG", str(control_plane.kubeconfig))
-    made = await connect_cluster()
+async def configuration(control_plane: ControlPlane) -> client.Configuration:
+    """How to reach the API server."""
+    made = client.Configuration()
+    await config.load_kube_config(str(control_plane.kubeconfig), client_configuration=made)
+    return made
+
+
+@pytest.fixture
+async def cluster(configuration: client.Configuration) -> AsyncIterator[Cluster]:
+    made = Cluster(configuration)
     yield made
     await made.close()
 
@@ -86,8 +92,8 @@ async def test_an_api_server_that_restarts(stage: Stage, control_plane: ControlP
     with informer.subscribe(uids[1]) as ended, informer.subscribe(uids[2]) as deleted:
         for subscription in (ended, deleted):
             await asyncio.wait_for(subscription.news(), WAIT_SECONDS)
-        control_plane.processes["kube-apiserver"].kill()
-        await asyncio.to_thread(lambda: (control_plane.stop(), control_plane.start()))
+        control_plane.stop()
+        control_plane.start()  # from this thread, with which its processes end
         finish(stage, "ended")
         stage.api("DELETE", stage.request_path("deleted"))
         while ended.latest is None or spec.ended(ended.latest) is None:
@@ -97,7 +103,9 @@ async def test_an_api_server_that_restarts(stage: Stage, control_plane: ControlP
         assert informer.connected
 
 
-async def test_a_watch_that_is_too_old_lists_again(stage: Stage, control_plane: ControlPlane, cluster: Cluster) -> None:
+async def test_a_watch_that_is_too_old_lists_again(
+    stage: Stage, configuration: client.Configuration, cluster: Cluster
+) -> None:
     with pytest.raises(Gone):
         async for _ in cluster.watch(Kind.REQUEST, "1"):
             pass
@@ -117,7 +125,7 @@ async def test_a_watch_that_is_too_old_lists_again(stage: Stage, control_plane: 
             async for event in super().watch(kind, version):
                 yield event
 
-    forgetful = Forgetful(await configure())
+    forgetful = Forgetful(configuration)
     informer = Informer(forgetful, Kind.REQUEST, spec.trim_request, keep=lambda raw: spec.ended(raw) is None)
     task = asyncio.create_task(informer.run())
     async with asyncio.timeout(WAIT_SECONDS):

@@ -184,7 +184,7 @@ class Training(Body):
         None,
         ge=0,
         le=1000,
-        description="Weight of the divergence term; 0.5, or 1 with preset paper, or 0 with only chosen tokens' logprobs.",
+        description="Weight of the divergence term; 0.5, or 1 with preset paper, or 0 without a top-K (lite).",
     )
     pg_weight: float | None = Field(
         None, ge=0, le=1000, description="Weight of the policy-gradient term; 1, or 0 with preset paper."

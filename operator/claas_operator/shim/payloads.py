@@ -1,9 +1,9 @@
 """Samples that travel beside a request, as an object in its namespace's first prefix, and their end.
 
 An object is `<prefix>claas-payloads/<UTC time>-<random>.json`. It goes with the request that names it (the watch
-tells); what no request names, because a shim was killed between two writes or was not there when a request went, is found by a
-sweep once it is older than the grace time. Of a namespace that went while no shim ran nobody knows any more: a
-lifecycle rule of the bucket on `claas-payloads/` ends that too.
+tells); what no request names, because a shim was killed between two writes or was not there when a request went, is
+found by a sweep once it is older than the grace time. Of a namespace that went while no shim ran nobody knows any more:
+a lifecycle rule of the bucket on `claas-payloads/` ends that too.
 """
 
 from __future__ import annotations
