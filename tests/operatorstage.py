@@ -48,7 +48,6 @@ TIMINGS = {
     "fenceGraceSeconds": 2,
     "reasonDelaySeconds": 1,
     "deletionLimitSeconds": 20,
-    "collectDelaySeconds": 1,
 }
 
 
@@ -68,7 +67,7 @@ EVERYWHERE: list[Raw] = [
     {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]},
 ]
 AT_HOME: list[Raw] = [
-    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create"]},
+    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "delete"]},
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["delete"]},
     {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create", "patch"]},
     {"apiGroups": ["apps"], "resources": ["deployments"], "verbs": ["get"]},
@@ -224,13 +223,14 @@ class Stage:
         return self.see_adapter(name)
 
     def request(self, name: str, adapter: str = "coder", **spec: Any) -> Raw:
-        """A DistillRequest."""
+        """A DistillRequest; without an adapter, on the bare `loraUri` that `spec` gives."""
         samples = [{"prompt": "SECRET-prompt", "response": "SECRET-response", "feedback": "SECRET-feedback"}]
+        on = {"adapterRef": {"name": adapter}} if adapter else {}
         body = {
             "apiVersion": names.API_VERSION,
             "kind": names.REQUEST_KIND,
             "metadata": {"name": name},
-            "spec": {"adapterRef": {"name": adapter}, "samples": samples} | spec,
+            "spec": on | {"samples": samples} | spec,
         }
         created: Raw = self.api("POST", f"{GROUP}/namespaces/{self.team}/{names.REQUEST_PLURAL}", body)
         return created

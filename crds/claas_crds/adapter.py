@@ -115,9 +115,7 @@ class HistoryEntry(StatusModel):
         "", max_length=64, description="Request that made it; empty for the first version and for rollbacks."
     )
     at: Timestamp = Field(description="When, in UTC.")
-    cause: str = Field(
-        "", max_length=32, description="What moved it: Created, Adopted, Forked, Trained or RolledBack."
-    )
+    cause: str = Field("", max_length=32, description="What moved it: Created, Adopted, Forked, Trained or RolledBack.")
     origin: str = Field(
         "", max_length=1024, description="Of an adopted or forked adapter's first version: where it came from."
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from claas_operator.snapshot import Adapter, Entry, Lease, Pod, Request
+from claas_operator.snapshot import Adapter, Entry, Job, Lease, Pod, Request
 
 Patch = dict[str, Any]
 
@@ -233,6 +233,21 @@ class StartDeletion(StartJob):
     root: str
     versions: frozenset[str]
     kept: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopJob(Action):
+    """An operation that must not go on: its Job is deleted, and its Pod with it."""
+
+    job: Job
+
+    @property
+    def key(self) -> str:
+        return self.job.uid
+
+    @property
+    def about(self) -> str:
+        return str(self.job)
 
 
 class Fault(StrEnum):

@@ -34,6 +34,7 @@ from claas_operator.actions import (
     Retry,
     StartDeletion,
     StartJob,
+    StopJob,
 )
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.jobs import selector
@@ -103,6 +104,8 @@ class Apply:
                 await self._start(action)
             case Fence():
                 await self._fence(action)
+            case StopJob():
+                await self._delete(Kind.JOB, action.job)
             case DeleteRequest():
                 await self._delete(Kind.REQUEST, action.request)
             case _:

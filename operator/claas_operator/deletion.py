@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Final
 
 from claas_crds import names
-from claas_crds.reasons import Reason, describe
+from claas_crds.reasons import ConditionType, Reason, describe
 from claas_operator import status
-from claas_operator.actions import Action, Describe, Finalize, Note, StartDeletion
+from claas_operator.actions import Action, Describe, Finalize, Note, StartDeletion, StopJob
 from claas_operator.operations import Desk
 from claas_operator.permissions import not_permitted, permitted
 from claas_operator.references import References
+
+# A node that is gone keeps a Pod for ever; an adapter does not wait for it longer than this beyond its own limit.
+STOP_GRACE: Final = timedelta(seconds=60)
 
 
 def plan_finalizer(desk: Desk) -> Action | None:
@@ -43,21 +47,26 @@ def plan_deletion(desk: Desk, references: Callable[[], References]) -> Iterator[
     if not adapter.held_back or adapter.deleting is None:
         return
     root = adapter.spec.storage.uri if adapter.spec else ""
-    limit_at = adapter.deleting + timedelta(seconds=desk.settings.timings.deletion_limit_seconds)
-    desk.wake(limit_at)
+    limit = timedelta(seconds=desk.settings.timings.deletion_limit_seconds)
+    desk.wake(adapter.deleting + limit)
     if adapter.spec is None or adapter.spec.deletion_policy == "Retain":
-        yield _leave(desk, f"spec.deletionPolicy is Retain: the versions at {root} and beside it stay", warning=False)
+        yield from _leave(desk, f"spec.deletionPolicy is Retain: what is at {root} and beside it stays", warning=False)
     elif desk.done_with("destroy") or not _has_versions(desk):
         yield _finalize(desk, held_back=False)
-    elif now >= limit_at:
-        limit = desk.settings.timings.deletion_limit_seconds
-        why = desk.trouble("destroy") or _waits_for(desk)
-        yield _leave(desk, f"after {limit:.0f} s the versions at {root} and beside it are still in the store: {why}")
+    elif now >= adapter.deleting + limit:
+        # By then its Job was stopped and may be gone; what it died of was told before.
+        told = adapter.condition(ConditionType.READY)
+        why = told.message if told and told.reason == Reason.DELETING else _waits_for(desk)
+        what = f"after {limit.total_seconds():.0f} s the versions at {root} and beside it are still in the store"
+        yield from _leave(desk, f"{what}: {why}")
     elif not permitted(root, desk.settings, adapter.namespace):
-        yield _leave(desk, not_permitted("spec.storage.uri", desk.settings, adapter.namespace))
+        yield from _leave(desk, not_permitted("spec.storage.uri", desk.settings, adapter.namespace))
     else:
         yield from _tell(desk, _waits_for(desk))
-        if not adapter.active and desk.running("create") is None:
+        creating = desk.running("create")
+        if creating is not None and adapter.status.head_seq and creating.deleting is None:
+            yield StopJob(job=creating)  # one too many: it must not write the first version once more
+        elif not adapter.active and creating is None and not desk.lingers("create"):
             yield from _destroy(desk, root, references())
 
 
@@ -73,7 +82,7 @@ def _destroy(desk: Desk, root: str, references: References) -> Iterator[Action]:
 def _has_versions(desk: Desk) -> bool:
     """Whether there is, or may soon be, something in the store that is this adapter's.
 
-    What lies at the uri of an adapter that was never created may be somebody else's: only an answer says that it is not.
+    What lies at the uri of an adapter that was never created may be somebody else's: only an answer says it is not.
     """
     answered = any(answer.ok for answer in desk.answers("create").values())
     return desk.adapter.status.head_seq > 0 or answered or desk.running("create") is not None
@@ -92,7 +101,16 @@ def _tell(desk: Desk, message: str) -> Iterator[Action]:
         yield Describe(adapter=desk.adapter, status=patch)
 
 
-def _leave(desk: Desk, message: str, *, warning: bool = True) -> Action:
-    note = Note(desk.adapter, Reason.VERSIONS_LEFT, message, warning=warning)
-    return _finalize(desk, held_back=False, note=note)
-
+def _leave(desk: Desk, message: str, *, warning: bool = True) -> Iterator[Action]:
+    """The adapter goes and its versions stay, once nothing is left that would delete them: somebody may want to have
+    an adapter there again at once."""
+    adapter, running = desk.adapter, desk.running("destroy")
+    if running is not None and running.deleting is None:
+        yield StopJob(job=running)
+    limit = timedelta(seconds=desk.settings.timings.deletion_limit_seconds)
+    given_up_at = (adapter.deleting or desk.now) + limit + STOP_GRACE
+    if desk.now < given_up_at and (running is not None or desk.lingers("destroy")):
+        desk.wake(given_up_at)
+        return
+    note = Note(adapter, Reason.VERSIONS_LEFT, message, warning=warning)
+    yield _finalize(desk, held_back=False, note=note)

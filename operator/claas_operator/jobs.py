@@ -20,7 +20,7 @@ def worker_stem(settings: Settings, pool: Pool) -> str:
     return f"{settings.instance}-{pool.name}"
 
 
-# The operations, and what each adds to its Jobs' names: no longer, or a long release name would leave the counter no room.
+# The operations, and what each adds to its Jobs' names: no longer, or a long release's name leaves the counter no room.
 OPERATION_STEMS: Final = {
     "create": "create",
     "tombstone": "mark",

@@ -54,12 +54,13 @@ class Desk:
     now: datetime
     wake: Wake
     jobs: Mapping[str, list[Job]]  # by operation, in the order of their counters
-    pods: Mapping[str, list[Pod]]  # by Job
+    pods: Mapping[str, list[Pod]]  # by Job, also by Jobs that are gone
 
     def answers(self, operation: str) -> dict[str, Answer]:
-        """What the Pods of an operation's Jobs answered, by Job."""
+        """What the Pods of an operation's Jobs answered, by Job; of several, one that is good."""
         found = ((job.name, parse_answer(pod.answer)) for job in self.of(operation) for pod in self.pods_of(job))
-        return {name: answer for name, answer in found if answer is not None}
+        told = [(name, answer) for name, answer in found if answer is not None]
+        return dict(sorted(told, key=lambda pair: pair[1].ok))
 
     def of(self, operation: str) -> list[Job]:
         """The Jobs of an operation, oldest first."""
@@ -90,18 +91,22 @@ class Desk:
         latest = self.of(operation)[-1:]
         return latest[0] if latest and latest[0].finished is None else None
 
+    def lingers(self, operation: str) -> bool:
+        """Whether a Pod of an operation may still be at it, its Job gone or not."""
+        stem = f"{operation_stem(self.settings, operation, self.adapter.uid)}-"
+        return any(not pod.over for job, pods in self.pods.items() if job.startswith(stem) for pod in pods)
+
     def trouble(self, operation: str) -> str:
         """Why the latest Job of an operation does not start, or has failed; empty while all is well."""
         latest = self.of(operation)[-1:]
         if not latest:
             return ""
-        job = latest[0]
-        if job.finished is None:
-            waits = next((pod.trouble for pod in self.pods_of(job) if pod.trouble), "")
-            return f"the Job {job.name} does not start: {waits}" if waits else ""
-        answer = self.answers(operation).get(job.name)
+        job, answer = latest[0], self.answers(operation).get(latest[0].name)
         if answer is not None and answer.ok:
             return ""
+        if job.finished is None and answer is None:
+            waits = next((pod.trouble for pod in self.pods_of(job) if pod.trouble), "")
+            return f"the Job {job.name} does not start: {waits}" if waits else ""
         why = f"{answer.reason}: {answer.message}" if answer else job.message or "its answer was lost with its Pod"
         return f"the Job {job.name} failed and is tried again: {why}"
 
@@ -165,20 +170,18 @@ class Registry:
 
     def __init__(self, jobs: Iterable[Job], pods: Iterable[Pod]) -> None:
         self._jobs: dict[tuple[str, str], list[Job]] = {}
-        self._pods: dict[tuple[str, str], list[Pod]] = {}
+        self._pods: dict[str, dict[str, list[Pod]]] = {}
         for job in jobs:
             if job.component == names.COMPONENT_OPERATION and job.operation in OPERATION_STEMS:
                 self._jobs.setdefault((job.namespace, job.adapter_uid), []).append(job)
         for pod in pods:
             if pod.component == names.COMPONENT_OPERATION:
-                self._pods.setdefault((pod.namespace, pod.job), []).append(pod)
+                self._pods.setdefault(pod.namespace, {}).setdefault(pod.job, []).append(pod)
 
     def desk(self, adapter: Adapter, snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) -> Desk:
         """What there is of one adapter's operations, in the one namespace where they run."""
         home = operation_namespace(adapter, settings)
         jobs: dict[str, list[Job]] = {}
-        pods: dict[str, list[Pod]] = {}
         for job in sorted(self._jobs.get((home, adapter.uid), []), key=lambda job: job.counter):
             jobs.setdefault(job.operation, []).append(job)
-            pods[job.name] = self._pods.get((home, job.name), [])
-        return Desk(adapter, snapshot, settings, now, wake, jobs, pods)
+        return Desk(adapter, snapshot, settings, now, wake, jobs, self._pods.get(home, {}))

@@ -1,4 +1,4 @@
-"""Where a namespace may read and write, by the storage prefixes that the settings give it. Compared by path segments."""
+"""Where a namespace may read and write: the storage prefixes of the settings, compared by path segments."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from claas_crds.reasons import ConditionType, Reason
+from claas_crds.reasons import Reason
 from claas_operator.snapshot import Request
 
 # The estimate is the median of so many of the latest steps.

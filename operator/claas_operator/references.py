@@ -39,7 +39,7 @@ class References:
         return cls(snapshot.adapters.values(), snapshot.unended())
 
     def needed(self, uri: str, adapter: Adapter) -> bool:
-        """Whether a version of `adapter` is needed by another object, or is what an adapter, also this one, began as."""
+        """Whether another object needs a version of `adapter`, or any adapter, also this one, began as it."""
         return bool(self._owners[_key(uri)] - {adapter.uid} or self._starts[_key(uri)])
 
     def needed_by_others(self, uri: str, adapter: Adapter) -> bool:

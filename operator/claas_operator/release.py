@@ -1,7 +1,7 @@
-"""`python -m claas_operator.release`: what `helm uninstall` runs first, so that no adapter waits for an operator that is gone.
+"""`python -m claas_operator.release`: what `helm uninstall` runs first, so that no adapter waits for who is gone.
 
-It stops the operator (which would set its finalizers again), waits until its Pods are gone, and takes the finalizers off
-all adapters. Nothing in the store is touched: whoever deletes an adapter afterwards keeps its versions.
+It stops the operator (which would set its finalizers again), waits until its Pods are gone, and takes the finalizers
+off all adapters. Nothing in the store is touched: whoever deletes an adapter afterwards keeps its versions.
 """
 
 from __future__ import annotations

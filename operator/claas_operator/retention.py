@@ -19,8 +19,8 @@ from claas_operator.references import References, beside
 from claas_operator.snapshot import CLOCK_SKEW, Adapter, parse_time
 from claas_store.uris import version_name
 
-# So many versions beyond retention are not left lying until the adapter is idle.
-MANY_VERSIONS: Final = 10
+# So many versions beyond retention are not left lying until the adapter is idle: each collection costs two small Jobs.
+MANY_VERSIONS: Final = status.SURPLUS_VERSIONS
 # An answer holds the names of what was done, and an answer has 4 KiB.
 MAX_NAMES_CHARACTERS: Final = 2500
 # The kernel takes 128 KiB in one argument.

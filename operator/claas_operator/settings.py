@@ -148,7 +148,7 @@ class Timings(_Part):
         86_400, ge=0, description="How often an adapter's folder is searched for orphans; 0: never."
     )
     orphan_grace_seconds: int = Field(
-        86_400, ge=60, description="An upload without a manifest, or a version nobody names, may be so old."
+        86_400, ge=1, description="An upload without a manifest, or a version nobody names, may be so old."
     )
 
 
@@ -214,9 +214,7 @@ def load(path: Path) -> Settings:
 
 
 def _of(prefixes: Iterable[Prefix], namespace: str) -> list[str]:
-    return [
-        prefix.uri.replace("{namespace}", namespace) for prefix in prefixes if prefix.namespace in ("*", namespace)
-    ]
+    return [prefix.uri.replace("{namespace}", namespace) for prefix in prefixes if prefix.namespace in ("*", namespace)]
 
 
 def _with_container(template: dict[str, Any], name: str) -> dict[str, Any]:

@@ -24,6 +24,8 @@ Change = tuple[ConditionType, bool, str, str]
 
 # Moves of the head that stay listed, besides those that retention keeps and those whose request has not ended.
 HISTORY_ENTRIES: Final = 100
+# Versions beyond retention that may be waiting for their collection: they must not be forgotten before it.
+SURPLUS_VERSIONS: Final = 50
 
 
 def conditions(old: Sequence[Condition], generation: int, now: datetime, changes: Iterable[Change]) -> list[Condition]:
@@ -304,7 +306,8 @@ def _bounded(adapter: Adapter, keep: frozenset[str], entry: HistoryEntry) -> lis
     Args:
         keep: uids of requests whose entries stay.
     """
-    retained = max(HISTORY_ENTRIES, adapter.spec.retention.keep_last if adapter.spec else 0)
+    keep_last = adapter.spec.retention.keep_last if adapter.spec else 0
+    retained = max(HISTORY_ENTRIES, keep_last + SURPLUS_VERSIONS + len(adapter.status.collecting))
     before = list(adapter.status.history)
     over = len(before) + 1 - retained
     if over > 0:

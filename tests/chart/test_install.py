@@ -338,7 +338,9 @@ def test_editors_of_a_namespace_may_ask_for_steps_and_not_write_status(kubectl: 
 def play_the_hook(kubectl: Kubectl, namespace: str) -> None:
     """There is no kubelet: the Pod that Helm waits for ends by our hand."""
     name = f"{RELEASE}-uninstall"
-    (pod,) = until("the hook", lambda: kubectl.get("pods", "-n", namespace, "--field-selector", f"metadata.name={name}"))
+    (pod,) = until(
+        "the hook", lambda: kubectl.get("pods", "-n", namespace, "--field-selector", f"metadata.name={name}")
+    )
     assert pod["spec"]["containers"][0]["command"] == ["python3", "-m", "claas_operator.release"]
     status = {"status": {"phase": "Succeeded"}}
     kubectl("patch", "pod", name, "-n", namespace, "--subresource=status", "--type=merge", "-p", json.dumps(status))

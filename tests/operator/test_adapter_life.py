@@ -6,6 +6,7 @@ The test plays the kubelet (it runs the operation Pods' real command) and the wo
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import uuid
@@ -13,11 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from claas_crds import names
 from claas_crds.reasons import Cause, Reason
 from claas_store.errors import StoreError
-from claas_store.version import Manifest, ParentVersion, find_manifest, read_version, write_version
+from claas_store.stores import open_store
+from claas_store.uris import join
+from claas_store.version import Manifest, ParentVersion, encode, find_manifest, read_version, write_version
 from cluster.controlplane import ControlPlane
 from objectstore import ObjectStore
 from operatorkit import Raw
@@ -50,15 +54,34 @@ class Life:
         self.stage.bound(name)
         self.stage.claim(name)
 
+    def write(self, name: str) -> str:
+        """A worker's new version is whole in the store. Its uri."""
+        raw = self.stage.api("GET", self.stage.request_path(name))
+        bound, uri = raw["status"]["parent"], self.stage.next_uri(name)
+        parent = read_version(bound["uri"])
+        manifest = Manifest(
+            base_model=examples.BASE,
+            parent=ParentVersion(uri=parent.uri, sha256=parent.manifest_sha256),
+            request_uid=raw["metadata"]["uid"],
+            adapter_uid=bound["adapterUid"],
+            attempt=raw["status"]["attempt"],
+        )
+        write_version(uri, parent.config, parent.tensors, None, manifest)
+        return uri
+
     def report(self, name: str) -> str:
         """The version is written, then reported. Its uri."""
-        raw = self.stage.api("GET", self.stage.request_path(name))
-        parent = read_version(raw["status"]["parent"]["uri"])
-        uri = self.stage.next_uri(name)
-        made_from = ParentVersion(uri=parent.uri, sha256=parent.manifest_sha256)
-        manifest = Manifest(base_model=examples.BASE, parent=made_from, request_uid=raw["metadata"]["uid"])
-        write_version(uri, parent.config, parent.tensors, None, manifest)
+        uri = self.write(name)
         assert self.stage.report(name) == uri
+        return uri
+
+    def first(self, name: str, adapter: str = "coder") -> str:
+        """One step on the release's first worker. The uri of the new version."""
+        self.stage.request(name, adapter)
+        self.stage.worker()
+        self.claim(name)
+        uri = self.report(name)
+        self.stage.complete(name)
         return uri
 
     def train(self, name: str, adapter: str = "coder") -> str:
@@ -84,6 +107,7 @@ def life(stage: Stage, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatc
         defaultBaseModel=examples.BASE,
         storage={"prefixes": [{"uri": f"{root}{{namespace}}/"}], "forkPrefixes": [{"uri": f"{root}public/"}]},
         operations={"template": OPERATION, "modelDir": str(model)},
+        timings={"collectDelaySeconds": 1},
     )
     with stage.store(object_store.environment):
         yield Life(stage, config, f"{root}{stage.team}/")
@@ -103,11 +127,7 @@ def test_user_rolls_back_and_trains_on(life: Life) -> None:
     stage = life.stage
     stage.start_operator(life.config)
     life.create()
-    stage.request("r1")
-    stage.worker()
-    life.claim("r1")
-    first = life.report("r1")
-    stage.complete("r1")
+    first = life.first("r1")
     second = life.train("r2")
     before = life.head()
     stage.change_adapter(rollbackTo=before["history"][1]["version"])
@@ -179,15 +199,10 @@ def test_user_rolls_back_to_a_version_that_never_was_and_is_told(stage: Stage) -
 
 def peft_folder(uri: str, **config: object) -> None:
     """What a user has trained elsewhere and copied into the store: no manifest."""
-    from claas_store.stores import open_store
-    from claas_store.uris import join
-    from claas_store.version import CONFIG, encode
-
     files = encode({**examples.CONFIG, **config}, examples.tensors(), None)
     store = open_store(uri)
     for name, data in files.items():
         store.put(join(uri, name), data)
-    assert CONFIG in files
 
 
 def test_user_adopts_an_adapter_trained_elsewhere_where_it_lies(life: Life) -> None:
@@ -205,11 +220,7 @@ def test_user_forks_a_version_and_both_are_trained(life: Life) -> None:
     stage = life.stage
     stage.start_operator(life.config)
     life.create()
-    stage.request("r1")
-    stage.worker()
-    life.claim("r1")
-    origin = life.report("r1")
-    stage.complete("r1")
+    origin = life.first("r1")
     (first,) = life.create("fork", initFrom={"uri": origin})["status"]["history"]
     assert (first["cause"], first["origin"], first["seq"]) == (Cause.FORKED, origin, 1)
     version = read_version(life.uri("fork"))
@@ -241,9 +252,7 @@ def test_user_adopts_what_does_not_fit_and_is_told_what(life: Life) -> None:
     life.stage.start_operator(life.config)
     given = {"baseModel": examples.BASE, "lora": LORA, "storage": {"uri": life.uri("odd")}}
     life.stage.adapter("odd", ready=False, **given, initFrom={"uri": life.uri("odd")})
-    life.stage.wait(
-        "the refusal", lambda: life.stage.condition("Ready", "odd").get("reason") == Reason.ADAPTER_INVALID
-    )
+    life.stage.wait("the refusal", lambda: life.stage.condition("Ready", "odd").get("reason") == Reason.ADAPTER_INVALID)
     assert "r" in life.stage.condition("Ready", "odd")["message"]
 
 
@@ -328,9 +337,7 @@ def test_admin_uninstalls_and_no_adapter_is_wedged(stage: Stage, control_plane: 
     stage.adapter(deletionPolicy="Delete")
     stage.adapter("going", deletionPolicy="Delete")
     for name in ("coder", "going"):
-        stage.wait(
-            "the finalizer", lambda name=name: stage.see_adapter(name)["metadata"].get("finalizers")
-        )
+        stage.wait("the finalizer", lambda name=name: stage.see_adapter(name)["metadata"].get("finalizers"))
     stage.delete_adapter("going")
     labels = {names.INSTANCE_LABEL: stage.instance, names.COMPONENT_LABEL: "operator"}
     pod = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "operator", "image": "none"}]}}
@@ -354,3 +361,125 @@ def test_admin_uninstalls_and_no_adapter_is_wedged(stage: Stage, control_plane: 
     assert not stage.see_adapter(), "at once, with nobody there to do it"
 
 
+def objects(life: Life) -> set[str]:
+    """Folders below the user's prefix that hold anything but a tombstone."""
+    found = (uri for uri, _ in open_store(life.prefix).list(life.prefix))
+    return {uri.rpartition("/")[0] + "/" for uri in found if not uri.endswith("tombstone.json")}
+
+
+def test_user_deletes_an_adapter_and_the_store_is_empty_but_for_the_others(life: Life) -> None:
+    stage = life.stage
+    stage.start_operator(life.config)
+    life.create(deletionPolicy="Delete")
+    life.create("coder-two")
+    life.first("r1")
+    life.train("r2")
+    assert len(objects(life)) == 4
+    stage.delete_adapter()
+    stage.wait("the adapter to go", lambda: not stage.see_adapter())
+    assert objects(life) == {life.uri("coder-two")}
+
+
+# Retention
+
+
+def test_user_keeps_two_versions_and_what_a_fork_began_as(life: Life) -> None:
+    stage = life.stage
+    stage.start_operator(life.config)
+    life.create(retention={"keepLast": 2})
+    made = [life.first("r1")]
+    life.create("fork", initFrom={"uri": made[0]})
+    made += [life.train(f"r{i}") for i in (2, 3, 4)]
+    stage.wait("the old ones to go", lambda: stage.condition("Collected").get("status") == "True")
+    status = life.head()
+    assert [entry["uri"] for entry in status["history"]] == [made[0], *made[2:]]
+    assert status.get("collecting", []) == []
+    assert [find_manifest(uri) is not None for uri in (life.uri("coder"), *made)] == [False, True, False, True, True]
+    stage.change_adapter(rollbackTo="coder")
+    stage.wait("the refusal", lambda: stage.condition("RolledBack").get("reason") == Reason.VERSION_UNKNOWN)
+    life.train("r5")
+    check(life, "coder")
+
+
+def check(life: Life, name: str) -> None:
+    """`claas_store fsck` finds every digest and every parent of the adapter's versions as they should be."""
+    known = ",".join(dict.fromkeys(names_of(life.head(name))))
+    command = [sys.executable, "-m", "claas_store", "fsck", life.uri(name), "--known", known]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+    for entry in life.head(name)["history"]:
+        assert find_manifest(entry["uri"]) is not None, f"{entry['uri']} is in the history and gone"
+
+
+def test_orphans_of_lost_attempts_go_and_a_bare_request_s_version_stays(life: Life) -> None:
+    stage = life.stage
+    settings = yaml.safe_load(life.config.read_text())
+    settings["timings"] |= {"orphanGraceSeconds": 1}
+    life.config.write_text(yaml.safe_dump(settings))
+    stage.start_operator(life.config)
+    life.create()
+    stage.request("r1")
+    lost = stage.worker()
+    life.claim("r1")
+    orphan = life.write("r1")  # whole, and never reported
+    stage.kill_worker(lost)
+    stage.worker()
+    stage.wait("the second attempt", lambda: stage.see("r1").get("attempt") == 2)
+    life.claim("r1")
+    head = life.report("r1")
+    stage.complete("r1")
+    stage.request("bare", "", loraUri=head, baseModel=examples.BASE)
+    life.claim("bare")
+    kept = life.report("bare")
+    stage.complete("bare")
+    stage.api("DELETE", stage.request_path("bare"))
+    stage.wait("the orphan to go", lambda: find_manifest(orphan) is None, 30)
+    assert find_manifest(head) is not None
+    assert find_manifest(kept) is not None, "no object names it any more, and it is the user's"
+    stage.wait("the Event", lambda: [e for e in stage.events() if e["reason"] == Reason.SWEPT])
+
+
+STEPS = 100
+
+
+@pytest.mark.timeout(900)
+def test_a_hundred_steps_with_forks_a_rollback_and_dying_workers_leave_a_clean_chain(life: Life) -> None:
+    stage, dice = life.stage, random.Random(7)
+    stage.start_operator(life.config)
+    life.create(retention={"keepLast": 5})
+    worker, forks, killed = "", dict[str, str](), 0
+    for i in range(1, STEPS + 1):
+        name = f"r{i}"
+        stage.request(name)
+        while True:
+            worker = worker or stage.worker()
+            life.claim(name)
+            fate = dice.random()
+            if fate >= 0.1:
+                break
+            if fate < 0.05:
+                life.write(name)
+            stage.kill_worker(worker)
+            worker, attempt = "", stage.see(name)["attempt"]
+            killed += 1
+            fresh = stage.worker()
+            stage.wait("another attempt", lambda n=name, a=attempt: stage.see(n).get("attempt") == a + 1)
+            worker = fresh
+        life.report(name)
+        stage.complete(name)
+        if i in (30, 60):
+            forks[f"fork{i}"] = life.head()["uri"]
+            life.create(f"fork{i}", initFrom={"uri": life.head()["uri"]})
+        if i == 70:
+            back = life.head()["history"][-3]["version"]
+            stage.change_adapter(rollbackTo=back)
+            stage.wait("the rollback", lambda b=back: life.head()["version"] == b)
+    assert killed > 3, "nothing died: nothing is shown"
+    assert life.head()["headSeq"] == STEPS + 2, "one for each step, the first version and the rollback"
+    stage.wait("the old ones to go", lambda: len(set(names_of(life.head()))) <= 5 + len(forks), 60)
+    assert life.head()["totals"]["steps"] == STEPS
+    for name in ("coder", *forks):
+        check(life, name)
+    for origin in forks.values():
+        assert find_manifest(origin) is not None, "a fork's parent is never collected"
+    assert len(objects(life)) <= 5 + len(forks) * 2 + killed

@@ -1,23 +1,26 @@
-"""The operator killed at every write of a rollback, a fork, a deletion and a collection: the next one goes on, nothing is
-lost, and the end is the same.
+"""The operator killed at every write of a rollback, a fork, a deletion and a collection: the next one goes on, nothing
+is lost, and the end is the same.
 
-Each turn is a fresh operator: it lists everything, plans once, and acts. One that is mortal dies at its n-th write, just
-before it or just after it (then the API server has it, and nobody knows). In memory every n is tried; on the real API
-server an operator lives for one write.
+Each turn is a fresh operator: it lists everything, plans once, and acts. One that is mortal dies at its n-th write,
+just before it or just after it (then the API server has it, and nobody knows). In memory every n is tried; on the real
+API server an operator lives for one write.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from kubernetes.aio import client, config
 
 from claas_crds import names
-from claas_operator.api import Api, connect
+from claas_operator.api import Api
 from claas_operator.apply import Apply, Lost
 from claas_operator.plan import plan
 from claas_operator.references import beside
@@ -193,18 +196,17 @@ class Memory(World):
     def operate(self, at: int = 0, when: When = "after") -> int:
         mortal = Mortal(self.api, at, when)
         self.now += timedelta(seconds=30)
-        try:
+        with contextlib.suppress(Killed):
             asyncio.run(turn(mortal, settings(), self.now))
-        except Killed:
-            pass
         return mortal.writes
 
 
 class Server(World):
     """The real API server and Job controller; the test plays the kubelet."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage, self.shelf, self.prefix = stage, Shelf(), f"s3://adapters/{stage.team}/"
+    def __init__(self, stage: Stage, kubeconfig: Path) -> None:
+        self.kubeconfig, self.stage, self.shelf = kubeconfig, stage, Shelf()
+        self.prefix = f"s3://adapters/{stage.team}/"
         self.settings = load(stage.settings(timings={"collectDelaySeconds": 0}))
         self._served = set[str]()
 
@@ -238,12 +240,13 @@ class Server(World):
 
     def operate(self, at: int = 0, when: When = "after") -> int:
         async def live() -> int:
-            api: Api = await connect()
+            configuration = client.Configuration()
+            await config.load_kube_config(str(self.kubeconfig), client_configuration=configuration)
+            api = Api(configuration)
             mortal = Mortal(api, at, when)
             try:
-                await turn(mortal, self.settings, datetime.now(UTC))
-            except Killed:
-                pass
+                with contextlib.suppress(Killed):
+                    await turn(mortal, self.settings, datetime.now(UTC))
             finally:
                 await api.close()
             return mortal.writes
@@ -361,19 +364,16 @@ def test_wherever_the_operator_is_killed_the_next_one_goes_on(story: Story, when
 @pytest.mark.controlplane
 @pytest.mark.parametrize("story", STORIES.values(), ids=STORIES)
 def test_an_operator_that_dies_at_every_write_gets_there_on_the_real_api_server(
-    story: Story, stage: Stage, control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+    story: Story, stage: Stage, control_plane: ControlPlane
 ) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig_of(OPERATOR)))
-    world = Server(stage)
+    world = Server(stage, control_plane.kubeconfig_of(OPERATOR))
     story.begin(world)
-    for turns in range(TURNS):
+    for _ in range(TURNS):
         world.operate(1, "after")
         world.nothing_is_lost()
         world.kubelet()
         world.nothing_is_lost()
         if story.over(world):
             break
-    assert story.over(world), f"not there after {turns} turns"
+    assert story.over(world), f"not there after {TURNS} turns"
     story.check(world)
-
-

@@ -21,6 +21,7 @@ from claas_operator.actions import (
     Say,
     StartDeletion,
     StartJob,
+    StopJob,
 )
 from claas_operator.jobs import OPERATION_STEMS
 from claas_operator.plan import Plan
@@ -243,7 +244,9 @@ def test_another_namespace_s_version_is_forked_only_where_that_is_allowed() -> N
     assert isinstance(say, Describe)
     ready = condition(say.status, "Ready")
     assert ready["reason"] == Reason.STORAGE_DENIED
-    assert "spec.initFrom.uri must lie below a storage prefix of namespace team: s3://adapters/team/" in ready["message"]
+    assert (
+        "spec.initFrom.uri must lie below a storage prefix of namespace team: s3://adapters/team/" in ready["message"]
+    )
     for allowed in ({"namespace": "team", "uri": "s3://adapters/alice/"}, {"uri": "s3://adapters/alice/"}):
         assert about(Plan(refused_from(theirs, [allowed]), None, False, []), StartJob)
     assert not about(
@@ -340,6 +343,15 @@ def test_a_deleted_adapter_s_versions_go_by_a_job_and_then_it_goes() -> None:
     assert finalizers(decide(deleted, *answered("destroy", {"ok": True}))) == ()
 
 
+def test_a_create_job_that_nobody_waits_for_is_stopped_before_the_versions_are_deleted() -> None:
+    deleted = held_back(deleted=True)
+    stop = about(decide(deleted, create_job()), StopJob)[0]
+    assert isinstance(stop, StopJob)
+    assert not about(decide(deleted, create_job()), StartJob)
+    assert not about(decide(deleted, answer_pod("claas-create-uidcoder-1", "", "Running")), StartJob)
+    assert about(decide(deleted, answer_pod("claas-create-uidcoder-1", "", "Failed")), StartDeletion)
+
+
 def test_a_destroy_job_that_fails_is_tried_again_and_its_trouble_shows() -> None:
     failed = answered("destroy", {"ok": False, "reason": "StorageUnavailable", "message": "503", "retryable": True})
     made = decide(held_back(deleted=True), *failed, at=4)
@@ -354,7 +366,9 @@ def test_a_destroy_job_that_fails_is_tried_again_and_its_trouble_shows() -> None
 def test_an_adapter_goes_after_the_limit_whatever_is_left_and_says_what() -> None:
     failed = answered("destroy", {"ok": False, "reason": "StorageDenied", "message": "403", "retryable": False})
     assert not about(decide(held_back(deleted=True), *failed, at=899), Finalize)
-    (change,) = about(decide(held_back(deleted=True), *failed, at=900), Finalize)
+    deleted = held_back(deleted=True)
+    told = after(deleted, about(decide(deleted, *failed, at=5), Describe)[0])
+    (change,) = about(decide(told, at=900), Finalize)
     assert isinstance(change, Finalize)
     assert change.note is not None
     assert (change.finalizers, change.left) == ((), uri("v2"))
@@ -370,6 +384,21 @@ def test_the_way_out_is_to_retain() -> None:
     kept["spec"] = kept["spec"] | {"deletionPolicy": "Retain"}
     assert [type(a) for a in decide(kept).actions] == [Finalize]
     assert finalizers(decide(kept)) == ()
+
+
+def test_a_deletion_that_is_called_off_stops_its_job_first() -> None:
+    """Or it would go on deleting what the next adapter at that uri has made by then."""
+    kept = held_back(deleted=True)
+    kept["spec"] = kept["spec"] | {"deletionPolicy": "Retain"}
+    running, at_it = create_job("destroy"), answer_pod("claas-destroy-uidcoder-1", "", "Running")
+    stop = only(decide(kept, running, at_it), StopJob)
+    assert isinstance(stop, StopJob)
+    assert stop.about == f"{HOME}/claas-destroy-uidcoder-1"
+    assert not decide(kept, at_it).actions, "its Pod is still there"
+    assert about(decide(kept), Finalize)
+    assert about(decide(kept, at_it, at=960), Finalize), "on a node that is gone, for ever"
+    late = decide(held_back(deleted=True), running, at_it, at=900)
+    assert [type(action) for action in late.actions] == [StopJob]
 
 
 def test_what_lies_at_the_uri_of_an_adapter_that_was_never_created_is_not_touched() -> None:
@@ -456,7 +485,8 @@ def test_versions_beyond_retention_begin_to_go_when_the_adapter_is_idle() -> Non
 
 
 def test_many_versions_are_not_left_until_the_adapter_is_idle() -> None:
-    assert about(decide(trained(*(f"v{i}" for i in range(12)), spec=KEEP_TWO)), Collect)
+    assert not about(decide(trained(*(f"v{i}" for i in range(51)), spec=KEEP_TWO)), Collect)
+    assert about(decide(trained(*(f"v{i}" for i in range(52)), spec=KEEP_TWO)), Collect)
 
 
 def test_a_version_that_was_head_again_lately_counts_as_new() -> None:
@@ -554,7 +584,7 @@ def test_a_store_that_refuses_deletions_is_not_asked_in_a_hot_loop() -> None:
 
 def test_names_of_a_batch_fit_into_an_answer() -> None:
     long = [f"{'x' * 200}-{i}" for i in range(40)]
-    (collect,) = about(decide(trained(*long, spec=KEEP_TWO)), Collect)
+    (collect,) = about(decide(trained(*long, spec=KEEP_TWO), at=60), Collect)
     assert isinstance(collect, Collect)
     assert 1 < len(",".join(collect.versions)) < 3000
 

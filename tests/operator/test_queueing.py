@@ -36,7 +36,9 @@ def parsed(*raws: Raw) -> list[Request]:
 
 def done(name: str, seconds: float, at: float = -100) -> Raw:
     """A request that was bound at `at` and was Complete so many seconds later."""
-    status = bound(WORKER, at=later(at)) | claim(WORKER) | result() | ended("Complete", "Succeeded", later(at + seconds))
+    status = (
+        bound(WORKER, at=later(at)) | claim(WORKER) | result() | ended("Complete", "Succeeded", later(at + seconds))
+    )
     return request(name, created=later(at - 1), status=status)
 
 
@@ -63,7 +65,7 @@ def test_requests_on_one_adapter_follow_each_other_whatever_their_priority() -> 
 def test_priority_counts_inside_a_namespace_and_namespaces_take_turns() -> None:
     ours = [request(f"r{i}", "", spec={"priority": i}) for i in range(3)]
     theirs = [request(f"t{i}", "", namespace="zoo", created=later(i), spec={"priority": 1000}) for i in range(2)]
-    positions = {name: where(name, *ours, *theirs, at=9).position for name in ("r0", "r1", "r2", "t0", "t1")}
+    positions = {name: where(name, *ours, *theirs, at=9, slots=5).position for name in ("r0", "r1", "r2", "t0", "t1")}
     assert positions == {"r2": 1, "t0": 2, "r1": 3, "t1": 4, "r0": 5}
 
 
@@ -75,10 +77,11 @@ def test_the_order_is_the_planner_s() -> None:
         for i in range(count)
         for uri in [f"s3://adapters/{ns}/x{i}/"]
     ]
-    said = sorted((where(raw["metadata"]["name"], *queue, at=9, slots=99).position, raw["metadata"]["name"]) for raw in queue)
+    places = {raw["metadata"]["name"]: where(raw["metadata"]["name"], *queue, at=9, slots=99) for raw in queue}
+    said = sorted(places, key=lambda name: places[name].position)
     seen = snapshot(*queue, *workers(*(f"claas-l40s-{i}-w" for i in range(1, 13))), now=later(9))
     bound_to = [a.request.name for a in about(plan(seen, settings(), later(9)), Bind) if isinstance(a, Bind)]
-    assert bound_to == [name for _, name in said]
+    assert bound_to == said
 
 
 def test_what_a_worker_has_is_no_longer_in_the_queue_and_counts_as_ahead() -> None:
