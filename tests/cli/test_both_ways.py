@@ -214,7 +214,7 @@ def test_a_person_sees_what_happens_and_a_table(claas: Claas, stage: ShimStage) 
     assert done.code == 0
     seen = plain(done.out)
     assert re.search(r"\d\.\d s +(Pending|Assigned|Running)", seen), seen
-    assert re.search(r"total_loss +0\.1\n", seen)
+    assert re.search(r"total_loss +0\.1 *\n", seen)
     assert "\t" not in seen
     assert "SECRET" not in seen
 

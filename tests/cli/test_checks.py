@@ -143,10 +143,16 @@ def test_kinds_of_another_release_are_told() -> None:
     def crd(description: str, established: str = "True") -> Raw:
         schema = {"openAPIV3Schema": {"description": description}}
         status = {"conditions": [{"type": "Established", "status": established}]}
-        return {"spec": {"versions": [{"name": "v1alpha1", "schema": schema}]}, "status": status}
+        owner = {"meta.helm.sh/release-name": "claas", "meta.helm.sh/release-namespace": "home"}
+        return {
+            "metadata": {"annotations": owner},
+            "spec": {"versions": [{"name": "v1alpha1", "schema": schema}]},
+            "status": status,
+        }
 
-    def level(found: Raw | None, *, will_install: bool = False) -> str:
-        (check,) = checks.crds({"x": crd("ours")}, {"x": found}, will_install=will_install)
+    def level(found: Raw | None, *, will_install: bool = False, namespace: str = "home") -> str:
+        release = ("claas", namespace)
+        (check,) = checks.crds({"x": crd("ours")}, {"x": found}, will_install=will_install, release=release)
         return check.level.value
 
     assert level(crd("ours")) == "ok"
@@ -155,6 +161,7 @@ def test_kinds_of_another_release_are_told() -> None:
     assert level(crd("ours", "False")) == "wrong"
     assert level(None) == "wrong"
     assert level(None, will_install=True) == "ok"
+    assert level(crd("ours"), will_install=True, namespace="elsewhere") == "wrong", "Helm would refuse it"
 
 
 def test_needs_are_read_from_rendered_objects() -> None:

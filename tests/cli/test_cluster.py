@@ -199,7 +199,8 @@ def deployer(stage: ShimStage, helm: dict[str, str], tmp_path: Path) -> Claas:
 
 
 CREDENTIALS = ["--set", "storage.credentials.accessKeyId=k,storage.credentials.secretAccessKey=s"]
-CLASSES = ["--set", "model.volume.existingClaim=m,teacher.model.volume.existingClaim=t"]
+# The stage has brought the kinds, and there is no storage class.
+CLASSES = ["--set", "model.volume.existingClaim=m,teacher.model.volume.existingClaim=t,crds.install=false"]
 
 
 def test_a_cluster_without_fitting_nodes_is_not_installed_to(deployer: Claas, stage: ShimStage) -> None:
@@ -207,6 +208,7 @@ def test_a_cluster_without_fitting_nodes_is_not_installed_to(deployer: Claas, st
     assert done.code == Exit.FAILED
     assert not done.json["installed"]
     assert "not fit" in done.err
+    assert "crds.install=false" in done.json["checks"][2]["fix"], "the kinds are not this release's"
     deployments = stage.api("GET", f"/apis/apps/v1/namespaces/{stage.home}/deployments")["items"]
     assert "trial-operator" not in [item["metadata"]["name"] for item in deployments]
 
@@ -255,7 +257,7 @@ def test_quota_secret_and_storage_class_are_looked_at(deployer: Claas, stage: Sh
 
 
 def test_deploy_installs_and_again_upgrades(deployer: Claas, stage: ShimStage, nodes: None) -> None:
-    words = ["deploy", "-n", stage.home, "--release", "real", *CREDENTIALS, *CLASSES, "--set", "crds.install=false"]
+    words = ["deploy", "-n", stage.home, "--release", "real", *CREDENTIALS, *CLASSES]
     done = deployer(*words)
     assert done.code == 0, done.err
     assert done.out.startswith("WHAT\tIS\tSAYS\tFIX\n")

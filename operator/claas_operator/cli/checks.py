@@ -74,8 +74,18 @@ def version(answer: Mapping[str, Any]) -> Check:
     return ok("server version", said)
 
 
-def crds(expected: Mapping[str, Object], found: Mapping[str, Object | None], *, will_install: bool) -> Iterator[Check]:
-    """The kinds that the chart or this command knows, against those in the cluster."""
+def crds(
+    expected: Mapping[str, Object],
+    found: Mapping[str, Object | None],
+    *,
+    will_install: bool,
+    release: tuple[str, str] = ("", ""),
+) -> Iterator[Check]:
+    """The kinds that the chart or this command knows, against those in the cluster.
+
+    Args:
+        release: name and namespace of the release that will install them.
+    """
     for name, ours in expected.items():
         theirs = found.get(name)
         if theirs is None:
@@ -84,6 +94,9 @@ def crds(expected: Mapping[str, Object], found: Mapping[str, Object | None], *, 
             else:
                 fix = "claas crds | kubectl apply --server-side -f -, or install the chart with crds.install=true"
                 yield wrong("kinds", f"{name} is not installed", fix)
+        elif will_install and _owner(theirs) != release:
+            fix = "leave them as they are: --set crds.install=false"
+            yield wrong("kinds", f"{name} is there already, and not this release's: Helm will not touch it", fix)
         elif not _established(theirs):
             fix = f"kubectl describe crd {name} says why"
             yield wrong("kinds", f"{name} is not Established", fix)
@@ -93,6 +106,13 @@ def crds(expected: Mapping[str, Object], found: Mapping[str, Object | None], *, 
             yield ok("kinds", says) if will_install else warning("kinds", says, fix)
         else:
             yield ok("kinds", f"{name} is this release's")
+
+
+def _owner(crd: Object) -> tuple[str, str]:
+    """The Helm release that it belongs to: name and namespace."""
+    annotations = crd["metadata"].get("annotations") or {}
+    name, namespace = (annotations.get(f"meta.helm.sh/release-{part}") or "" for part in ("name", "namespace"))
+    return name, namespace
 
 
 def _established(crd: Object) -> bool:

@@ -224,7 +224,7 @@ def check_cluster(kube: Kube, chart: Chart, objects: Sequence[Object]) -> Iterat
     home = f"/api/v1/namespaces/{chart.namespace}"
     looks: list[tuple[str, Any]] = [
         ("rights", lambda: _rights(kube, needs)),
-        ("kinds", lambda: _kinds(kube, needs)),
+        ("kinds", lambda: _kinds(kube, needs, chart)),
         ("nodes", lambda: _placements(kube, needs)),
         (
             "volumes",
@@ -255,13 +255,14 @@ def _placements(kube: Kube, needs: Needs) -> Iterator[Check]:
         yield checks.nodes(workload, found)
 
 
-def _kinds(kube: Kube, needs: Needs) -> Iterator[Check]:
+def _kinds(kube: Kube, needs: Needs, chart: Chart) -> Iterator[Check]:
     from claas_crds.generate import RESOURCES, definition
     from claas_operator.cli import checks
 
     expected = needs.crds or {resource.name: definition(resource) for resource in RESOURCES}
     found = {name: kube.find(f"{CRDS}/{name}") for name in expected}
-    yield from checks.crds(expected, found, will_install=bool(needs.crds))
+    release = (chart.release, chart.namespace)
+    yield from checks.crds(expected, found, will_install=bool(needs.crds), release=release)
 
 
 def _rights(kube: Kube, needs: Needs) -> Iterator[Check]:

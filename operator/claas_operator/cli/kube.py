@@ -235,6 +235,8 @@ class Kube:
 
 def _load(config: Any, configuration: Any, cluster: Cluster) -> tuple[str, str]:
     """The API server's url and the namespace, with `configuration` filled in."""
+    import yaml
+
     inside = os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG")
     if inside and not cluster.kubeconfig and not os.path.exists(os.path.expanduser("~/.kube/config")):
         config.load_incluster_config(client_configuration=configuration)
@@ -254,7 +256,7 @@ def _load(config: Any, configuration: Any, cluster: Cluster) -> tuple[str, str]:
         raise Problem(f"no kubeconfig can be used: {error}", fix, Exit.USAGE) from None
     except OSError as error:
         raise Problem(f"the kubeconfig cannot be read: {error}", fix, Exit.USAGE) from None
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise Problem(f"the kubeconfig is not one ({type(error).__name__})", fix, Exit.USAGE) from None
     namespace = (chosen or {}).get("context", {}).get("namespace") or "default"
     return configuration.host, cluster.namespace or namespace
