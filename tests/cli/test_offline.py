@@ -116,6 +116,13 @@ def test_piped_json_is_one_line() -> None:
     assert done.out.count("\n") == 1
 
 
+def test_validate_and_crds_as_json() -> None:
+    done = claas("validate", "-", "-o", "json", stdin="kind: Pod")
+    assert (done.code, done.json["valid"], len(done.json["problems"])) == (Exit.FAILED, False, 1)
+    assert claas("validate", str(ROOT / "examples" / "request.yaml"), "-o", "json").json["valid"]
+    assert {item["kind"] for item in claas("crds", "-o", "json").json["items"]} == {"CustomResourceDefinition"}
+
+
 def test_on_a_terminal_a_table_is_rich_s() -> None:
     seen = claas.on_terminal("reasons", "AdapterBusy").out
     assert "\x1b[" in seen

@@ -298,7 +298,9 @@ def fsck(target: Target, what: str, everything: bool, form: Format) -> Exit:
     except StorageUnavailable as error:
         raise Problem(str(error), "is AWS_ENDPOINT_URL_S3 right, and reachable from here?", Exit.UNREACHABLE) from None
     except StorageDenied as error:
-        raise Problem(str(error), "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", Exit.DENIED) from None
+        local = uri.startswith("file://")
+        fix = "name its root in CLAAS_FILE_ROOTS" if local else "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        raise Problem(str(error), fix, Exit.DENIED) from None
     except StoreError as error:
         raise Problem(str(error), "", Exit.USAGE) from None
     if form is Format.JSON:

@@ -20,17 +20,21 @@ from claas_operator.cli.problem import Problem, missing
     cls=Command,
     examples=[
         "claas validate examples/*.yaml",
-        "helm template … | claas validate -",
+        "claas validate - -o json < request.yaml",
     ],
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE…")
-def validate(files: tuple[str, ...]) -> Exit:
+@output
+def validate(files: tuple[str, ...], form: Format) -> Exit:
     """Check manifests of LoraAdapters and DistillRequests without a cluster, as the API server would.
 
     FILE is YAML with any number of documents; - is stdin. Each mistake is one line that names the file, the document,
     the field and what to do. It never shows a sample's text.
     """
     problems = [problem for file in files for problem in problems_of(file)]
+    if form is Format.JSON:
+        write_json({"valid": not problems, "files": len(files), "problems": problems})
+        return Exit.FAILED if problems else Exit.OK
     for problem in problems:
         say(problem)
     if not problems:
@@ -121,11 +125,17 @@ def reasons(names: tuple[str, ...], form: Format) -> Exit:
     return Exit.OK
 
 
-@click.command(cls=Command, examples=["claas crds | kubectl apply --server-side -f -"])
-def crds() -> Exit:
+@click.command(
+    cls=Command, examples=["claas crds | kubectl apply --server-side -f -", "claas crds -o json | jq .items"]
+)
+@output
+def crds(form: Format) -> Exit:
     """Print the CustomResourceDefinitions, for kubectl apply -f -. The chart installs them too."""
-    from claas_crds.generate import files
+    from claas_crds.generate import RESOURCES, definition, files
 
+    if form is Format.JSON:
+        write_json({"apiVersion": "v1", "kind": "List", "items": [definition(resource) for resource in RESOURCES]})
+        return Exit.OK
     click.echo("---\n".join(text for path, text in files().items() if path.parts[0] == "crds"), nl=False)
     return Exit.OK
 
