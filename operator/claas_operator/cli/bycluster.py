@@ -87,10 +87,10 @@ class ClusterDoor:
         return str(self._get(names.REQUEST_PLURAL, id)["metadata"]["uid"])
 
     def requests(self, adapter: str | None) -> Iterator[Request]:
-        """The namespace's requests, or those of one adapter, newest first."""
-        found = [_request(raw) for raw in self._list(names.REQUEST_PLURAL)]
-        chosen = [request for request in found if adapter in (None, request.adapter)]
-        yield from sorted(chosen, key=lambda request: (request.created_at, request.id), reverse=True)
+        """The namespace's requests, or those of one adapter."""
+        for raw in self._list(names.REQUEST_PLURAL):
+            if adapter in (None, (raw["spec"].get("adapterRef") or {}).get("name")):
+                yield _request(raw)
 
     def place(self, id: str) -> Place | None:
         """Where a pending request stands: among all namespaces' where those may be read, else among its own's."""

@@ -69,7 +69,8 @@ def requests(target: Target, id: str | None, adapter: str | None, limit: int | N
             else:
                 write_fields(tables.request_fields(request, place))
             return Exit.OK
-        found = list(islice(door.requests(adapter), limit))
+        newest_first = sorted(door.requests(adapter), key=lambda each: (each.created_at, each.id), reverse=True)
+        found = newest_first[:limit]
     if form is Format.JSON:
         write_json(_dump(found))
     else:
