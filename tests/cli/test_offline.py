@@ -235,20 +235,20 @@ def test_the_base_install_helps_validates_and_brings_the_client(bare: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "extra"),
     [
-        ["get", "adapters"],
-        ["distill", "--adapter", "a", "--prompt", "p", "--response", "r"],
-        ["doctor"],
-        ["logs", "x"],
-        ["serve"],
-        ["fsck", "s3://bucket/a/"],
+        (["get", "adapters"], "operator"),
+        (["distill", "--adapter", "a", "--prompt", "p", "--response", "r"], "operator"),
+        (["doctor"], "operator"),
+        (["logs", "x"], "operator"),
+        (["serve"], "operator"),
+        (["fsck", "s3://bucket/a/"], "store"),
     ],
 )
-def test_the_base_install_says_what_is_missing(bare: Path, words: list[str]) -> None:
+def test_the_base_install_says_what_is_missing(bare: Path, words: list[str], extra: str) -> None:
     done = Claas({"PYTHONPATH": ""}, command=[str(bare / "claas")])(*words)
     assert done.code == Exit.FAILED
-    assert "pip install 'claas[operator]'" in done.err
+    assert f"pip install 'claas[{extra}]'" in done.err
 
 
 def test_the_base_install_works_by_url(bare: Path) -> None:

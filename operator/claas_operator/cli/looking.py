@@ -288,7 +288,7 @@ def fsck(target: Target, what: str, everything: bool, form: Format) -> Exit:
 
         from claas_store.errors import StorageDenied, StorageUnavailable, StoreError
     except ModuleNotFoundError as error:
-        raise missing(error.name, "operator", "claas fsck") from None
+        raise missing(error.name, "store", "claas fsck") from None
     known: list[str] | None = None
     uri = what
     if "://" not in what:
