@@ -9,9 +9,8 @@ import pytest
 import yaml
 
 from claas_operator.cli import checks
-from claas_operator.cli.checking import trouble
+from claas_operator.cli.checking import reach_store, trouble
 from claas_operator.cli.checks import Level
-from claas_operator.cli.installing import reach_store
 from claas_operator.cli.needs import Claim, Needs, Workload, quantity
 from operatorkit import Raw, template
 

@@ -33,6 +33,7 @@ from claas_store.errors import UriInvalid
 
 GROUP: Final = f"/apis/{names.API_VERSION}"
 RECONNECTS: Final = 8
+CREATE_TRIES: Final = 3
 
 
 class ClusterDoor:
@@ -235,12 +236,20 @@ class ClusterDoor:
         return self._kube.list(self._path(plural))
 
     def _create(self, plural: str, manifest: Object, *, again: bool) -> Object:
-        """Creates it. `again`: one of this name may be there already, and is then given."""
-        try:
-            return self._kube.create(self._path(plural), manifest, fieldValidation="Strict")
-        except Problem as problem:
-            if problem.code is not Exit.CONFLICT or not again:
-                raise
+        """Creates it. `again`: one of this name may be there already, and is then given.
+
+        A creation whose answer was lost is sent again: the name is this command's own, and tells whether it arrived.
+        """
+        for left in reversed(range(CREATE_TRIES)):
+            try:
+                return self._kube.create(self._path(plural), manifest, fieldValidation="Strict")
+            except Problem as problem:
+                if problem.code is Exit.UNREACHABLE and left:
+                    again = True
+                elif problem.code is not Exit.CONFLICT or not again:
+                    raise
+                else:
+                    break
         found = self._get(plural, manifest["metadata"]["name"])
         if plural == names.REQUEST_PLURAL and not _same_request(manifest["spec"], found["spec"]):
             raise Problem("this --idempotency-key was used for another request", "use another", Exit.CONFLICT)

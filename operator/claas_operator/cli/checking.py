@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from claas_operator.cli.checks import Check
     from claas_operator.cli.installation import Release
     from claas_operator.cli.kube import Kube, Object
+    from claas_operator.cli.needs import Needs
 
 CRDS: Final = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 WAITS_SECONDS: Final = 60  # a request that waits longer is worth a line
 MAX_LINES: Final = 10  # of one kind
+REACH_SECONDS: Final = 5.0
 
 
 @click.command(
@@ -204,6 +206,7 @@ def _settings(kube: Kube, release: Release) -> Iterator[Check]:
     for workload in needs.workloads:
         yield checks.nodes(workload, nodes)
     yield from checks.secrets(needs, secrets_of(kube, release.namespace, needs.secrets))
+    yield reach_store(needs)
 
 
 def secrets_of(kube: Kube, namespace: str, wanted: Iterable[str]) -> dict[str, Object | str | None]:
@@ -409,3 +412,32 @@ def _condition(raw: Object, kind: str) -> dict[str, Any]:
 
 def _place(raw: Object) -> str:
     return f"{raw['metadata']['namespace']}/{raw['metadata']['name']}"
+
+
+def reach_store(needs: Needs) -> Check:
+    """Whether the object store answers from here. The cluster's own network may see it otherwise: never an error."""
+    import httpx
+
+    from claas_operator.cli.checks import ok, warning
+
+    s3 = [prefix for prefix in needs.prefixes if prefix.startswith("s3://")]
+    if needs.ours:
+        return ok("store", "comes with the release (SeaweedFS, to try it out)")
+    if not s3:
+        return ok("store", "no s3:// prefix is configured")
+    if ".svc" in needs.endpoint:
+        return ok("store", f"{needs.endpoint} is inside the cluster: not looked at from here")
+    bucket = s3[0].removeprefix("s3://").partition("/")[0]
+    url = (
+        f"{needs.endpoint.rstrip('/')}/{bucket}"
+        if needs.endpoint
+        else f"https://{bucket}.s3.{needs.region}.amazonaws.com"
+    )
+    try:
+        status = httpx.head(url, timeout=REACH_SECONDS).status_code
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        said = f"{url} does not answer from here ({type(error).__name__})"
+        return warning("store", said, "is storage.endpoint right, and will the cluster reach it?")
+    if status == httpx.codes.NOT_FOUND:
+        return warning("store", f"{url} answers, and has no such bucket", f"create the bucket {bucket}")
+    return ok("store", f"{url} answers")

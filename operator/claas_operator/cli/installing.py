@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from claas_operator.cli.needs import Needs
 
 RENDER_SECONDS: Final = 120
-REACH_SECONDS: Final = 5.0
 CRDS: Final = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
 
@@ -216,7 +215,7 @@ def _server_dry_run(chart: Chart) -> Check:
 def check_cluster(kube: Kube, chart: Chart, objects: Sequence[Object]) -> Iterator[Check]:
     """Everything that can be known before the installation."""
     from claas_operator.cli import checks
-    from claas_operator.cli.checking import secrets_of
+    from claas_operator.cli.checking import reach_store, secrets_of
     from claas_operator.cli.needs import Needs
 
     needs = Needs.of(objects, chart.release)
@@ -288,35 +287,6 @@ def _rights(kube: Kube, needs: Needs) -> Iterator[Check]:
         yield ok("rights", "you may install it")
 
 
-def reach_store(needs: Needs) -> Check:
-    """Whether the object store answers from here. The cluster's own network may see it otherwise: never an error."""
-    import httpx
-
-    from claas_operator.cli.checks import ok, warning
-
-    s3 = [prefix for prefix in needs.prefixes if prefix.startswith("s3://")]
-    if needs.ours:
-        return ok("store", "comes with the release (SeaweedFS, to try it out)")
-    if not s3:
-        return ok("store", "no s3:// prefix is configured")
-    if ".svc" in needs.endpoint:
-        return ok("store", f"{needs.endpoint} is inside the cluster: not looked at from here")
-    bucket = s3[0].removeprefix("s3://").partition("/")[0]
-    url = (
-        f"{needs.endpoint.rstrip('/')}/{bucket}"
-        if needs.endpoint
-        else f"https://{bucket}.s3.{needs.region}.amazonaws.com"
-    )
-    try:
-        status = httpx.head(url, timeout=REACH_SECONDS).status_code
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        said = f"{url} does not answer from here ({type(error).__name__})"
-        return warning("store", said, "is storage.endpoint right, and will the cluster reach it?")
-    if status == httpx.codes.NOT_FOUND:
-        return warning("store", f"{url} answers, and has no such bucket", f"create the bucket {bucket}")
-    return ok("store", f"{url} answers")
-
-
 @click.command(
     cls=Command,
     examples=[
@@ -373,7 +343,10 @@ def serve(
         settings = type(settings).model_validate(settings.model_dump() | {"auth": chosen})
     if settings.auth.mode == "None" and host not in ("127.0.0.1", "::1", "localhost"):
         say(f"claas: whoever reaches {host}:{port} may teach in namespace {settings.auth.namespace}")
-    return int(run(settings, host=host, port=port, log_level=log_level))
+    try:
+        return int(run(settings, host=host, port=port, log_level=log_level))
+    except KeyboardInterrupt:  # told again, after everybody who waited was answered
+        return Exit.OK
 
 
 def _shim_settings(config: Path | None, release: str | None, namespace: str | None, kubeconfig: str | None) -> Any:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -21,6 +23,8 @@ Object = dict[str, Any]
 CALL_SECONDS: Final = (5.0, 30.0)  # to connect, to read
 WATCH_SECONDS: Final = 240  # after which the API server ends a watch, and we open the next
 PAGE: Final = 500
+TRIES: Final = 3
+BUSY: Final = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
 
 
 class Gone(Exception):
@@ -183,25 +187,32 @@ class Kube:
         headers: Mapping[str, str] | None = None,
         absent_ok: bool = False,
     ) -> Object:
-        try:
-            answer = self._client.call_api(
-                path,
-                verb,
-                query_params=list((query or {}).items()),
-                header_params={"Accept": "application/json", "Content-Type": "application/json", **(headers or {})},
-                body=body,
-                response_types_map={200: "object", 201: "object", 202: "object"},
-                auth_settings=["BearerToken"],
-                _return_http_data_only=True,
-                _request_timeout=CALL_SECONDS,
-            )
-        except self._refused as error:
-            if absent_ok and error.status == HTTPStatus.NOT_FOUND:
-                return {}
-            raise self._problem(verb, path, error) from None
-        except self._broken as error:
-            raise self._silent(error) from None
-        return answer if isinstance(answer, dict) else {}
+        for left in reversed(range(TRIES)):
+            try:
+                answer = self._client.call_api(
+                    path,
+                    verb,
+                    query_params=list((query or {}).items()),
+                    header_params={"Accept": "application/json", "Content-Type": "application/json", **(headers or {})},
+                    body=body,
+                    response_types_map={200: "object", 201: "object", 202: "object"},
+                    auth_settings=["BearerToken"],
+                    _return_http_data_only=True,
+                    _request_timeout=CALL_SECONDS,
+                )
+                return answer if isinstance(answer, dict) else {}
+            except self._refused as error:
+                if absent_ok and error.status == HTTPStatus.NOT_FOUND:
+                    return {}
+                # 429 was not begun; the others may have been done.
+                again = error.status == HTTPStatus.TOO_MANY_REQUESTS or (verb == "GET" and error.status in BUSY)
+                if not again or not left:
+                    raise self._problem(verb, path, error) from None
+            except self._broken as error:
+                if verb != "GET" or not left:
+                    raise self._silent(error) from None
+            time.sleep(random.uniform(0.1, 0.5) * (TRIES - left))
+        raise AssertionError("unreachable")
 
     def _silent(self, error: Exception) -> Problem:
         return Problem(
