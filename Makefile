@@ -54,8 +54,9 @@ kills: env ## kill a teacher's engine in the middle of a scoring, ten times (10 
 	CLAAS_KILLS=10 $(PY) -m pytest tests/teacher/test_deaths.py -q -s
 
 .PHONY: docs
-docs: env ## draw the plots of docs/
+docs: env ## draw the plots of docs/, and write docs/cli.md from the commands
 	$(PY) docs/alpha.py
+	$(PY) -m claas_operator.cli.reference
 
 .PHONY: lint
 lint: env ## ruff, mypy --strict, import-linter, generated files

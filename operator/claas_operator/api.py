@@ -128,8 +128,8 @@ class Api:
         return answer if isinstance(answer, dict) else {}
 
 
-async def connect() -> Api:
-    """A connection as the Pod's service account, or by KUBECONFIG (or ~/.kube/config) outside a cluster.
+async def configure() -> client.Configuration:
+    """How to reach the API server: as the Pod's service account, or by KUBECONFIG (~/.kube/config) outside a cluster.
 
     Raises:
         kubernetes.aio.config.ConfigException: neither is there.
@@ -139,7 +139,12 @@ async def connect() -> Api:
         config.load_incluster_config(client_configuration=configuration)
     else:
         await config.load_kube_config(client_configuration=configuration)
-    return Api(configuration)
+    return configuration
+
+
+async def connect() -> Api:
+    """A connection; see `configure`."""
+    return Api(await configure())
 
 
 def describe(error: BaseException) -> str:

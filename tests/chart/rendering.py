@@ -19,7 +19,7 @@ Object = dict[str, Any]
 VARIANTS: dict[str, list[str]] = {
     "gpu": [],
     "gpu, everything on": [
-        *("--set", "networkPolicy.enabled=true,operator.replicas=2,teacher.podDisruptionBudget=true"),
+        *("--set", "networkPolicy.enabled=true,operator.replicas=2,shim.replicas=3,teacher.podDisruptionBudget=true"),
         *("--set", "fetch.hubTokenSecret=hub,storage.credentials.existingSecret=mine"),
         *("--set", "pools[0].name=shared,pools[1].name=own,pools[1].isolation=Namespace,pools[1].modelClaim=model"),
     ],
@@ -67,8 +67,14 @@ def only(objects: list[Object], kind: str, name: str = "") -> Object:
 
 def settings_of(objects: list[Object]) -> Object:
     """The operator's settings file, parsed."""
-    content = only(objects, "ConfigMap")["data"]["config.yaml"]
+    (content,) = [o["data"]["config.yaml"] for o in objects if o["kind"] == "ConfigMap" and "config.yaml" in o["data"]]
     settings: Object = yaml.safe_load(content)
+    return settings
+
+
+def shim_settings_of(objects: list[Object]) -> Object:
+    """The shim's settings file, parsed."""
+    settings: Object = yaml.safe_load(only(objects, "ConfigMap", "claas-shim")["data"]["shim.yaml"])
     return settings
 
 

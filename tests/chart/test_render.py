@@ -64,7 +64,7 @@ def test_rights_have_no_wildcard_and_no_secrets(rendered: list[Object]) -> None:
             assert "secrets" not in rule["resources"], role["metadata"]["name"]
 
 
-def test_only_operator_and_workers_have_a_token(rendered: list[Object]) -> None:
+def test_only_operator_shim_and_workers_have_a_token(rendered: list[Object]) -> None:
     """Operations, fetches, the teacher and SeaweedFS have no business at the API server."""
     with_token = {
         name
@@ -72,14 +72,14 @@ def test_only_operator_and_workers_have_a_token(rendered: list[Object]) -> None:
         if template["spec"].get("automountServiceAccountToken", True)
     }
     pools = {name for name in pod_templates(rendered) if name.startswith("pool ")}
-    assert with_token == {"Deployment claas-operator", "Pod claas-uninstall"} | pools
+    assert with_token == {"Deployment claas-operator", "Deployment claas-shim", "Pod claas-uninstall"} | pools
     bound = {
         subject["name"]
         for o in rendered
         if o["kind"] in ("RoleBinding", "ClusterRoleBinding")
         for subject in o["subjects"]
     }
-    assert bound == {"claas-operator", "claas-worker"}
+    assert bound == {"claas-operator", "claas-shim", "claas-worker"}
 
 
 def test_the_operator_understands_its_settings(rendered: list[Object]) -> None:
@@ -373,8 +373,10 @@ def test_network_policies_let_in_those_who_have_business(helm: Helm) -> None:
     fetch = next(name for name in pods if "fetch-model" in name)
     everyone = set(pods)
     teacher, store = "Deployment claas-teacher", "Deployment claas-seaweedfs"
-    assert {name for name in everyone if may(name, teacher)} == {"Deployment claas-operator", "pool l40s"}
-    assert {"pool l40s", "operations", fetch} <= {name for name in everyone if may(name, store)}
+    operator, shim = "Deployment claas-operator", "Deployment claas-shim"
+    assert {name for name in everyone if may(name, teacher)} == {operator, shim, "pool l40s"}
+    assert {"pool l40s", "operations", fetch, shim} <= {name for name in everyone if may(name, store)}
+    assert policies["claas-shim"]["ingress"] == [{"ports": [{"protocol": "TCP", "port": 8080}]}], "its callers are many"
     assert not may(teacher, store)
     assert not any(may(name, "pool l40s") or may(name, "operations") for name in everyone)
 

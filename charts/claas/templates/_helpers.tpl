@@ -357,6 +357,42 @@ timings:
 {{- end }}
 {{- end }}
 
+{{/* The shim's settings file: none of the operator's Pod templates. Argument: root. */}}
+{{- define "claas.shimSettings" -}}
+{{- $own := .Values.shim -}}
+instance: {{ .Release.Name }}
+namespace: {{ .Release.Namespace }}
+defaultBaseModel: {{ .Values.model.id }}
+storage:
+  prefixes:
+    {{- toYaml .Values.storage.prefixes | nindent 4 }}
+{{- with include "claas.teacherUrl" . }}
+teacher:
+  url: {{ . }}
+{{- end }}
+auth:
+  mode: {{ $own.auth.mode | quote }}
+  cacheSeconds: {{ $own.auth.cacheSeconds }}
+  {{- with $own.auth.namespace }}
+  namespace: {{ . }}
+  {{- end }}
+  {{- with $own.auth.audiences }}
+  audiences:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- if eq $own.auth.mode "ApiKey" }}
+  keysNamespace: {{ $own.auth.keysNamespace | default .Release.Namespace }}
+  {{- end }}
+limits:
+  maxBodyBytes: {{ int64 $own.limits.maxBodyBytes }}
+  maxSamples: {{ int $own.limits.maxSamples }}
+  requestsPerMinute: {{ int64 $own.limits.requestsPerMinute }}
+  burst: {{ int $own.limits.burst }}
+waitSeconds: {{ $own.waitSeconds }}
+maxWaitSeconds: {{ $own.maxWaitSeconds }}
+requestTtlSeconds: {{ int64 $own.requestTtlSeconds }}
+{{- end }}
+
 {{/* What the schema cannot say: values that must fit together. Argument: root. */}}
 {{- define "claas.check" -}}
 {{- if gt (len .Release.Name) 25 }}
@@ -415,6 +451,13 @@ timings:
 {{- end }}
 {{- if and .Values.storage.encryption.kmsKeyId (ne .Values.storage.encryption.mode "aws:kms") }}
 {{- fail "storage.encryption.kmsKeyId needs mode aws:kms: with any other nothing would use the key" }}
+{{- end }}
+{{- $auth := .Values.shim.auth }}
+{{- if and .Values.shim.enabled (ne (eq $auth.mode "None") (not (empty $auth.namespace))) }}
+{{- fail "shim.auth: mode None (no authentication) needs namespace, the one tenant that every caller is; no other mode has it" }}
+{{- end }}
+{{- if gt (float64 .Values.shim.waitSeconds) (float64 .Values.shim.maxWaitSeconds) }}
+{{- fail (printf "shim.waitSeconds: %v is more than shim.maxWaitSeconds %v" .Values.shim.waitSeconds .Values.shim.maxWaitSeconds) }}
 {{- end }}
 {{- if and .Values.teacher.enabled .Values.teacher.url }}
 {{- fail "teacher.url is for a teacher elsewhere: set teacher.enabled to false with it" }}

@@ -1,0 +1,102 @@
+"""The application, and the process that serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from types import FrameType
+from typing import Final
+
+import uvicorn
+from fastapi import FastAPI
+from kubernetes.aio.config import ConfigException
+
+from claas_operator.shim import docs
+from claas_operator.shim.cluster import connect_cluster
+from claas_operator.shim.door import Door
+from claas_operator.shim.http import Envelope, install_handlers
+from claas_operator.shim.routes import router
+from claas_operator.shim.settings import ShimSettings
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS: Final = 10  # for answers that are on their way when SIGTERM comes; nobody who waits is kept
+BACKLOG: Final = 2048
+
+
+def make_app(settings: ShimSettings, *, started: Callable[[Door], None] = lambda door: None) -> FastAPI:
+    """The application. Its lifespan connects to the API server; `started` is told its `Door` then."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        door = Door(settings, await connect_cluster())
+        app.state.door = door
+        await door.start()
+        started(door)
+        try:
+            yield
+        finally:
+            door.leave()
+            await door.stop()
+
+    app = FastAPI(
+        title="CLaaS",
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.include_router(router)
+    docs.install(app)
+    install_handlers(app)
+    app.add_middleware(Envelope)
+    return app
+
+
+class _Server(uvicorn.Server):
+    """On SIGTERM, whoever waits is told at once where to ask again; uvicorn alone would wait for them to end."""
+
+    door: Door | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends it in good order, the second at once. (uvicorn's own raises it again at the end.)"""
+        self.force_exit, self.should_exit = self.should_exit, True
+        if self.door is not None:
+            asyncio.get_running_loop().call_soon_threadsafe(self.door.leave)
+
+
+def run(settings: ShimSettings, *, host: str = "127.0.0.1", port: int = 8080, log_level: str = "INFO") -> int:
+    """Serves until SIGTERM or SIGINT, as the identity of the Pod or of KUBECONFIG. The process's exit status."""
+    from claas_operator.shim.logs import log_as_json
+
+    log_as_json(log_level)
+    server: _Server
+
+    def started(door: Door) -> None:
+        server.door = door
+        log.info("serving", extra={"host": host, "port": port, "auth": settings.auth.mode})
+
+    config = uvicorn.Config(
+        make_app(settings, started=started),
+        host=host,
+        port=port,
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = _Server(config)
+    try:
+        server.run()
+    except ConfigException:
+        log.error("no cluster: set KUBECONFIG, or run in a Pod")
+        return 1
+    return 0 if server.started else 1

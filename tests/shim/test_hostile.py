@@ -1,0 +1,231 @@
+"""What no client of ours would send: every answer is a problem of the caller's, and the shim goes on as before."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from shimstage import Shim, ShimStage
+
+pytestmark = pytest.mark.controlplane
+
+JSON = {"Content-Type": "application/json"}
+BODIES = ["/v1/distill", "/v1/distill/lite", "/v1/lora/init", "/v1/adapters/coder/rollback"]
+HOSTILE: dict[str, bytes] = {
+    "nothing": b"",
+    "null": b"null",
+    "a list": b"[]",
+    "a string": b'"x"',
+    "a number": b"1",
+    "half": b'{"lora_uri": "s3://',
+    "deep lists": b"[" * 200_000,
+    "deep objects": b'{"a":' * 100_000,
+    "deep in a field": b'{"teacher_logprobs": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    "a huge integer": b'{"priority": ' + b"9" * 10_000 + b"}",
+    "a huge exponent": b'{"training": {"alpha": 1e999999999}}',
+    "NaN": b'{"training": {"alpha": NaN}}',
+    "Infinity": b'{"training": {"alpha": Infinity}}',
+    "not UTF-8": b'{"prompt": "\xff\xfe\xfd"}',
+    "UTF-16": '{"prompt": "x"}'.encode("utf-16"),
+    "half a surrogate": b'{"prompt": "\\ud800"}',
+    "half a surrogate in a name": b'{"\\udc00": 1}',
+    "a name twice": b'{"prompt": "a", "prompt": "b"}',
+    "a raw NUL": b'{"prompt": "\x00"}',
+    "very many names": json.dumps({f"x{n}": n for n in range(20_000)}).encode(),
+    "very many wrong samples": json.dumps({"samples": [7] * 20_000}).encode(),
+    "__proto__": b'{"__proto__": {"a": 1}, "constructor": 1}',
+}
+
+
+def calm(answer: httpx.Response) -> None:
+    """A refusal, in our words."""
+    assert 400 <= answer.status_code < 500, f"{answer.status_code} {answer.text[:300]}"
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["status"] == answer.status_code
+    assert len(answer.content) < 20_000
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bodies(team: httpx.Client, path: str, name: str) -> None:
+    calm(team.post(path, content=HOSTILE[name], headers=JSON))
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "json", "a/b/c"]
+)
+def test_other_content_types(team: httpx.Client, path: str, kind: str) -> None:
+    answer = team.post(path, content=b'{"version": "x"}', headers={"Content-Type": kind})
+    calm(answer)
+    assert answer.status_code == 415
+
+
+def test_a_compressed_body_is_not_unpacked(team: httpx.Client) -> None:
+    calm(team.post("/v1/distill", content=b"\x1f\x8b" + b"x" * 100, headers=JSON | {"Content-Encoding": "gzip"}))
+
+
+def test_bodies_too_large(team: httpx.Client) -> None:
+    said = json.dumps({"prompt": "x" * (5 * 2**20)}).encode()
+    answer = team.post("/v1/distill", content=said, headers=JSON)
+    assert answer.status_code == 413
+    calm(answer)
+
+    def endless() -> Any:
+        for _ in range(600):
+            yield b" " * 10_000
+
+    try:
+        answer = team.post("/v1/distill", content=endless(), headers=JSON)
+    except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
+        return  # hung up on while still sending: as good
+    assert answer.status_code == 413
+
+
+PATHS = [
+    "/v1/requests/%2e%2e",
+    "/v1/requests/..%2f..%2fsecrets",
+    "/v1/requests/%2e%2e%2fstatus",
+    "/v1/requests/a%00b",
+    "/v1/requests/a%0d%0aX-Evil:%201",
+    "/v1/requests/A",
+    "/v1/requests/a%20b",
+    "/v1/requests/" + "a" * 300,
+    "/v1/requests/a%3Flimit=1",
+    "/v1/requests/a%23",
+    "/v1/requests/%ff%fe",
+    "/v1/requests/%F0%9F%98%80",
+    "/v1/requests//",
+    "/v1//requests",
+    "/v1/requests/",
+    "/v1/requests/status/status",
+    "/v1/adapters/..%2f..%2fnamespaces%2fkube-system",
+    "/v1/adapters/a/versions/..",
+    "/docs/..%2f..%2fmodels.py",
+    "/docs/%2e%2e/models.py",
+    "/",
+    "/v2/distill",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_path_tricks(shim: Shim, stage: ShimStage, path: str, method: str) -> None:
+    """Sent as they are: httpx would tidy them up."""
+    headers = f"Host: x\r\nConnection: close\r\nAuthorization: Bearer {stage.token()}\r\n"
+    answer = raw(shim, f"{method} {path} HTTP/1.1\r\n{headers}\r\n".encode())
+    status = int(answer.split(b" ", 2)[1])
+    assert status in (400, 404, 405, 422), answer[:300]
+    assert b"x-evil" not in answer.lower()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0",
+        "limit=-1",
+        "limit=1e9",
+        "limit=99999999999999999999",
+        "limit=NaN",
+        "continue=" + "x" * 5000,
+        "continue=..%2f..",
+        "continue=%00",
+        "continue=e30",
+        "namespace=..",
+        "namespace=kube-system%2Fpods",
+        "namespace=%00",
+        "wait=nan",
+        "wait=inf",
+        "wait=-1",
+        "limti=1",
+        "continue=eyJ2IjoibWV0YS5rOHMuaW8vdjEiLCJydiI6MSwic3RhcnQiOiIuLi8uLi8ifQ",
+    ],
+)
+def test_hostile_parameters(team: httpx.Client, query: str) -> None:
+    calm(team.get(f"/v1/requests?{query}"))
+    calm(team.get(f"/v1/adapters/nobody/versions?{query}"))
+
+
+def test_hostile_headers(team: httpx.Client) -> None:
+    for headers in (
+        {"Idempotency-Key": "x" * 256},
+        {"Idempotency-Key": ""},
+        {"Claas-Namespace": "../x"},
+        {"Prefer": "x" * 600},
+    ):
+        calm(team.post("/v1/distill", json={"adapter": "a", "prompt": "p", "response": "r"}, headers=headers))
+
+
+def test_methods_that_are_not_there(team: httpx.Client) -> None:
+    for method, path in (
+        ("PUT", "/v1/distill"),
+        ("GET", "/v1/distill"),
+        ("PATCH", "/v1/requests/a"),
+        ("TRACE", "/docs"),
+    ):
+        answer = team.request(method, path)
+        assert answer.status_code == 405
+        assert answer.headers["allow"]
+
+
+def test_what_is_not_http(shim: Shim) -> None:
+    for junk in (b"\x00" * 100, b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"A" * 100_000):
+        assert raw(shim, junk)[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 404"), junk[:20]
+
+
+def test_a_body_that_is_not_as_long_as_it_says(shim: Shim, stage: ShimStage) -> None:
+    head = f"POST /v1/distill HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {stage.token()}\r\n".encode()
+    with socket.create_connection(("127.0.0.1", shim.port), timeout=5) as connection:
+        connection.sendall(head + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+    for lengths in (b"Content-Length: -1", b"Content-Length: 1\r\nContent-Length: 2", b"Content-Length: x"):
+        assert raw(shim, head + lengths + b"\r\n\r\n{")[:12] == b"HTTP/1.1 400"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_published_example_with_something_broken(stage: ShimStage, team: httpx.Client, seed: int) -> None:
+    """Every mutation is a 2xx or a refusal; the shim and the API server agree on what is valid."""
+    chance = random.Random(seed)
+    odd: list[Any] = [None, True, 0, -1, 2**62, 1.5, -0.0, 1e308, "", "\0", "x" * 300, "../..", [], {}, [[]], {"a": []}]
+    for _ in range(60):
+        said: dict[str, Any] = {
+            "lora_uri": f"s3://adapters/{stage.team}/broken/",
+            "prompt": "p",
+            "response": "r",
+            "feedback": "f",
+            "training": {"learning_rate": 1e-4, "alpha": 0.5, "teacher_top_k": 100},
+            "priority": 1,
+            "messages": None,
+            "rollout_logprobs": [-0.1],
+        }
+        for _ in range(chance.randint(1, 3)):
+            place = said["training"] if chance.random() < 0.4 and isinstance(said.get("training"), dict) else said
+            name = chance.choice([*place, "adapter", "samples", "teacher", "x\ud7ff"])
+            place[name] = chance.choice(odd)
+        answer = team.post("/v1/distill?wait=0", content=json.dumps(said), headers=JSON)
+        assert answer.status_code < 500, (said, answer.text)
+        assert answer.status_code == 202 or answer.headers["content-type"] == "application/problem+json", said
+
+
+def test_afterwards_it_serves_as_before(stage: ShimStage, shim: Shim, team: httpx.Client) -> None:
+    said = {"lora_uri": f"s3://adapters/{stage.team}/after/", "prompt": "p", "response": "r"}
+    assert team.post("/v1/distill", json=said).status_code == 200
+    lines = [json.loads(line) for line in shim.log.read_text().splitlines()]
+    assert [line for line in lines if line["level"] in ("ERROR", "CRITICAL")] == []
+
+
+def raw(shim: Shim, data: bytes) -> bytes:
+    """What comes back for bytes as they are, until the connection is closed or quiet."""
+    with socket.create_connection(("127.0.0.1", shim.port), timeout=1) as connection:
+        found = b""
+        try:
+            connection.sendall(data)
+            while chunk := connection.recv(65536):
+                found += chunk
+        except (ConnectionError, TimeoutError):
+            pass
+    return found
