@@ -27,7 +27,6 @@ from claas_operator.snapshot import Kind
 
 DEFAULT_PAGE: Final = 50
 MAX_PAGE: Final = 200
-EVENTS_SECONDS: Final = 3600.0  # a stream ends then; whoever still wants to know asks again
 PING_SECONDS: Final = 15.0  # so that no proxy between us takes a quiet stream for a dead one
 MAX_KEY: Final = 255
 FORGET_SECONDS: Final = 10.0  # for the operator to see that a field was emptied
@@ -331,7 +330,7 @@ async def _states(tenant: Tenant, raw: Object) -> AsyncIterator[Object | None]:
     if _ended(raw):
         return
     clock = asyncio.get_running_loop().time
-    end = clock() + EVENTS_SECONDS
+    end = clock() + door.settings.max_wait_seconds  # whoever still wants to know asks again
     with door.requests.subscribe(uid) as subscription:
         while clock() < end and not door.requests.over(uid):
             try:
