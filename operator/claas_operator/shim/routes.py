@@ -65,7 +65,7 @@ class Tenant:
         return location(kind, name, self.namespace if self.named else None)
 
 
-def _door(request: Request) -> Door:
+async def _door(request: Request) -> Door:  # not async, it would cost a thread
     door: Door = request.app.state.door
     return door
 
