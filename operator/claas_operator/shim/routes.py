@@ -332,7 +332,8 @@ async def _states(tenant: Tenant, raw: Object) -> AsyncIterator[Object | None]:
     clock = asyncio.get_running_loop().time
     end = clock() + door.settings.max_wait_seconds  # whoever still wants to know asks again
     with door.requests.subscribe(uid) as subscription:
-        while clock() < end and not door.requests.over(uid):
+        crowded = door.requests.waiting > door.settings.limits.max_waiting
+        while clock() < end and not crowded and not door.requests.over(uid):
             try:
                 async with asyncio.timeout(PING_SECONDS):
                     await subscription.news()
