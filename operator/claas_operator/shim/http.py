@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from claas_operator.api import describe
 from claas_operator.shim import problems
+from claas_operator.shim.models import FieldProblem
 from claas_operator.shim.problems import Problem
 
 log = logging.getLogger(__name__)
@@ -313,7 +314,7 @@ def of_api(error: Exception) -> Problem:
         return Problem(problems.EXPIRED, "`continue` is too old")
     if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
         errors = [
-            problems.FieldProblem(field=cause.get("field", "body")[:200], detail=cause.get("message", "")[:1000])
+            FieldProblem(field=cause.get("field", "body")[:200], detail=cause.get("message", "")[:1000])
             for cause in _causes(error)
         ]
         return Problem(problems.INVALID, "the API server does not accept it", errors=errors)

@@ -42,7 +42,7 @@ _LATER_ADAPTER: Final[dict[int | str, dict[str, Any]]] = {
     202: {"model": models.Adapter, "description": "It goes on; ask at Location.", "headers": _LOCATION}
 }
 _STREAM: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events, each a Request."}
+    200: {"content": {"text/event-stream": {}}, "description": "Events, each a Request as JSON."}
 }
 _UNHEALTHY: Final[dict[int | str, dict[str, Any]]] = {
     503: {"model": models.Health, "description": "A request would not be served."}
@@ -81,11 +81,11 @@ def tenant(verb: str, kind: Kind) -> Callable[..., Awaitable[Tenant]]:
         door: AnyDoor,
         namespace: Annotated[
             str | None,
-            Query(pattern=NAMESPACE_PATTERN, description="Namespace, where it is not the caller's own."),
+            Query(pattern=NAMESPACE_PATTERN, include_in_schema=False),
         ] = None,
         claas_namespace: Annotated[
             str | None,
-            Header(alias="Claas-Namespace", pattern=NAMESPACE_PATTERN, description="The same, as a header."),
+            Header(alias="Claas-Namespace", pattern=NAMESPACE_PATTERN, include_in_schema=False),
         ] = None,
     ) -> Tenant:
         if namespace and claas_namespace and namespace != claas_namespace:
@@ -245,7 +245,7 @@ def _same(raw: Object, digest: str, tenant: Tenant) -> Object:
     """The request that a key made before, if its body was this one."""
     if (raw["metadata"].get("annotations") or {}).get(spec.BODY_ANNOTATION) != digest:
         detail = "this Idempotency-Key was used with another body"
-        error = problems.FieldProblem(field="Idempotency-Key", detail=detail)
+        error = models.FieldProblem(field="Idempotency-Key", detail=detail)
         where = tenant.location(Kind.REQUEST, raw["metadata"]["name"])
         raise Problem(problems.CONFLICT, detail, fix="use a new key for a new body", errors=[error], instance=where)
     return raw
