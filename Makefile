@@ -49,6 +49,10 @@ learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (h
 	$(PY) -m learning plot --out build/learning.json
 	$(PY) -m learning verdict --out build/learning.json
 
+.PHONY: fuzz-api
+fuzz-api: env ## ten thousand generated calls of the REST API (half an hour)
+	CLAAS_FUZZ_EXAMPLES=700 $(PY) -m pytest tests/shim/test_fuzz.py -q -s
+
 .PHONY: kills
 kills: env ## kill a teacher's engine in the middle of a scoring, ten times (10 minutes)
 	CLAAS_KILLS=10 $(PY) -m pytest tests/teacher/test_deaths.py -q -s

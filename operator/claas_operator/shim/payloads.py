@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import secrets
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -97,7 +98,7 @@ class Payloads:
         }
         for folder in sorted(folders):
             try:
-                found = await asyncio.to_thread(lambda folder=folder: open_store(folder).list(folder))
+                found = await asyncio.to_thread(_list, folder)
             except StoreError as error:
                 log.warning("payloads not swept", extra={"error": type(error).__name__})
                 return
@@ -111,6 +112,10 @@ class Payloads:
             await asyncio.to_thread(lambda: open_store(uri).delete(uri))
         except StoreError as error:  # the next sweep finds it again
             log.warning("payload not deleted", extra={"error": type(error).__name__})
+
+
+def _list(folder: str) -> Sequence[tuple[str, int]]:
+    return open_store(folder).list(folder)
 
 
 def _made_at(uri: str) -> datetime | None:
