@@ -27,7 +27,7 @@ demo: python ## install into a real cluster and train an adapter, start to finis
 test: python ## lint, unit, contract, control-plane, vLLM and end-to-end tests; full images when they changed
 	@python3.11 tests/prepare.py --tests
 	@$(MAKE) --no-print-directory lint
-	$(PY) -m pytest tests -q --durations=25 $(if $(KUBECONFIG),,--require-all --images)
+	$(PY) tests/lanes.py --durations=15 $(if $(KUBECONFIG),,--require-all --images)
 
 .PHONY: test-images
 test-images: python ## the one test of the full images: build, import, run a request (gigabytes, minutes)
@@ -45,9 +45,13 @@ mutations: env ## break every formula of the loss, one at a time, and see a test
 .PHONY: learning
 learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (hours on two cores; a GPU is used if there is one)
 	@mkdir -p build
-	$(PY) -m learning run --preferences brief,commaless,friend,excited --settings '{"samples": 4}' --out build/learning.json
+	$(PY) -m learning run --preferences friend,happy,example,remember --settings '{"samples": 4, "training": {"learningRate": 2e-4}}' --out build/learning.json
 	$(PY) -m learning plot --out build/learning.json
 	$(PY) -m learning verdict --out build/learning.json
+
+.PHONY: fuzz-api
+fuzz-api: env ## ten thousand generated calls of the REST API (half an hour)
+	CLAAS_FUZZ_EXAMPLES=700 $(PY) -m pytest tests/shim/test_fuzz.py -q -s
 
 .PHONY: kills
 kills: env ## kill a teacher's engine in the middle of a scoring, ten times (10 minutes)

@@ -186,6 +186,44 @@ def test_the_embedded_store_is_the_one_that_workers_use(helm: Helm) -> None:
             assert secret["data"][key]
 
 
+STORE_USERS = ("pool l40s", "operations", "Deployment claas-operator")
+
+
+def test_the_store_is_the_same_for_all_that_use_it(helm: Helm) -> None:
+    """Workers, operations, the operator and the fetch of a model: endpoint, addressing and encryption as given."""
+    given = "storage.endpoint=https://minio.example.com,storage.region=eu-central-1,storage.addressing=virtual"
+    kms = "storage.encryption.mode=aws:kms,storage.encryption.kmsKeyId=arn:aws:kms:eu-central-1:1:key/k"
+    objects = helm.render("--set", f"{given},{kms},storage.credentials.existingSecret=mine")
+    (fetch,) = [o["metadata"]["name"] for o in objects if o["kind"] == "Job" and "fetch-model" in o["metadata"]["name"]]
+    for name in (*STORE_USERS, f"Job {fetch}"):
+        variables = environment(pod_templates(objects)[name]["spec"]["containers"][0])
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            assert variables.pop(key)["secretKeyRef"] == {"name": "mine", "key": key}, name
+        assert {key: value for key, value in variables.items() if key.startswith(("AWS_", "CLAAS_S3_"))} == {
+            "AWS_ENDPOINT_URL_S3": "https://minio.example.com",
+            "AWS_REGION": "eu-central-1",
+            "CLAAS_S3_ADDRESSING": "virtual",
+            "CLAAS_S3_ENCRYPTION": "aws:kms",
+            "CLAAS_S3_KMS_KEY_ID": "arn:aws:kms:eu-central-1:1:key/k",
+        }, name
+
+
+def test_what_the_chart_says_of_the_store_the_store_understands(helm: Helm) -> None:
+    from claas_store.s3 import S3Store
+
+    for given in ("", "storage.addressing=path", "storage.encryption.mode=AES256", "storage.encryption.mode=aws:kms"):
+        objects = helm.render("--set", given)
+        variables = environment(pod_templates(objects)["operations"]["spec"]["containers"][0])
+        S3Store({key: value for key, value in variables.items() if isinstance(value, str)})
+    assert "CLAAS_S3_ENCRYPTION" in variables
+
+
+def test_by_default_the_store_says_nothing_of_addressing_and_encryption(helm: Helm) -> None:
+    for name in STORE_USERS:
+        variables = environment(pod_templates(helm.render())[name]["spec"]["containers"][0])
+        assert not [key for key in variables if key.startswith("CLAAS_S3_")], name
+
+
 def test_credentials_appear_in_the_secret_alone(helm: Helm) -> None:
     given = "storage.credentials.accessKeyId=MYKEY,storage.credentials.secretAccessKey=MYSECRET"
     for o in helm.render("--set", given):

@@ -165,17 +165,18 @@ class ControlPlaneModel(RuleBasedStateMachine):
         if (Kind.ADAPTER, TEAM, name) in self.api.objects:
             self.api.ask_to_delete(Kind.ADAPTER, TEAM, name)
         if (Kind.ADAPTER, TEAM, name) not in self.api.objects:  # else its versions go first
-            # Where versions were kept, the store would refuse another adapter.
-            version = name if "deletionPolicy" in SPECS[name] else f"{name}-{self.api.version}"
-            uri, uid = f"{PREFIX}{version}/", f"uid-{name}-{self.api.version}"
-            raw = adapter(
-                name, head=int(ready), uid=uid, created=self.now, spec=SPECS[name] | {"storage": {"uri": uri}}
-            )
-            if ready:
-                raw["status"] |= {"uri": uri, "version": version}
-                raw["status"]["history"][0] |= {"uri": uri, "version": version}
-                self.there.add(uri)
-            self.api.add(raw)
+            self.create_adapter(name, ready)
+
+    def create_adapter(self, name: str, ready: bool) -> None:
+        # Where versions were kept, the store would refuse another adapter.
+        version = name if "deletionPolicy" in SPECS[name] else f"{name}-{self.api.version}"
+        uri, uid = f"{PREFIX}{version}/", f"uid-{name}-{self.api.version}"
+        raw = adapter(name, head=int(ready), uid=uid, created=self.now, spec=SPECS[name] | {"storage": {"uri": uri}})
+        if ready:
+            raw["status"] |= {"uri": uri, "version": version}
+            raw["status"]["history"][0] |= {"uri": uri, "version": version}
+            self.there.add(uri)
+        self.api.add(raw)
 
     @rule(name=st.sampled_from(ADAPTERS), which=st.integers(0, 9))
     def user_rolls_back(self, name: str, which: int) -> None:
@@ -521,6 +522,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
         for worker in self.workers.values():  # the immortal die at last
             worker.alive = worker.alive and (Kind.POD, HOME, worker.name) in self.api.objects
         for _ in range(CALM_ROUNDS):
+            for name in ADAPTERS:  # requests wait for one that is gone: its user comes back
+                if (Kind.ADAPTER, TEAM, name) not in self.api.objects:
+                    self.create_adapter(name, ready=True)
             if self.at_rest():
                 break
             self.kubelet()

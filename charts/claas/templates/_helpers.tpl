@@ -107,6 +107,17 @@ http://{{ .Release.Name }}-seaweedfs.{{ .Release.Namespace }}.svc:8333
 - {name: AWS_ENDPOINT_URL_S3, value: {{ quote . }}}
 {{- end }}
 - {name: AWS_REGION, value: {{ .root.Values.storage.region | quote }}}
+{{- with .root.Values.storage.addressing | default "auto" }}
+{{- if ne . "auto" }}
+- {name: CLAAS_S3_ADDRESSING, value: {{ quote . }}}
+{{- end }}
+{{- end }}
+{{- with .root.Values.storage.encryption.mode }}
+- {name: CLAAS_S3_ENCRYPTION, value: {{ quote . }}}
+{{- end }}
+{{- with .root.Values.storage.encryption.kmsKeyId }}
+- {name: CLAAS_S3_KMS_KEY_ID, value: {{ quote . }}}
+{{- end }}
 {{- with .secret }}
 - name: AWS_ACCESS_KEY_ID
   valueFrom: {secretKeyRef: {name: {{ . }}, key: AWS_ACCESS_KEY_ID}}
@@ -417,12 +428,29 @@ requestTtlSeconds: {{ int64 $own.requestTtlSeconds }}
 {{- if and $credentials.existingSecret $credentials.accessKeyId }}
 {{- fail "storage.credentials: set either existingSecret or accessKeyId and secretAccessKey, not both" }}
 {{- end }}
+{{- range $i, $root := .Values.storage.fileRoots }}
+{{- if or (contains "/./" (printf "%s/" $root)) (contains "/../" (printf "%s/" $root)) (contains "//" $root) }}
+{{- fail (printf "storage.fileRoots[%d]: %s has an empty, '.' or '..' segment; name the folder itself" $i $root) }}
+{{- end }}
+{{- end }}
 {{- range $list := list "prefixes" "forkPrefixes" }}
 {{- range $i, $prefix := index $.Values.storage $list }}
-{{- if and (hasPrefix "file://" $prefix.uri) (not $.Values.storage.fileRoots) }}
+{{- if or (contains "/./" $prefix.uri) (contains "/../" $prefix.uri) }}
+{{- fail (printf "storage.%s[%d].uri: %s has a '.' or '..' segment; name the folder itself" $list $i $prefix.uri) }}
+{{- end }}
+{{- if hasPrefix "file://" $prefix.uri }}
+{{- $below := false }}
+{{- range $root := $.Values.storage.fileRoots }}
+{{- $below = or $below (hasPrefix (printf "file://%s/" (trimSuffix "/" $root)) $prefix.uri) }}
+{{- end }}
+{{- if not $below }}
 {{- fail (printf "storage.%s[%d].uri: %s needs storage.fileRoots, which names the folders that file:// may reach" $list $i $prefix.uri) }}
 {{- end }}
 {{- end }}
+{{- end }}
+{{- end }}
+{{- if and .Values.storage.encryption.kmsKeyId (ne .Values.storage.encryption.mode "aws:kms") }}
+{{- fail "storage.encryption.kmsKeyId needs mode aws:kms: with any other nothing would use the key" }}
 {{- end }}
 {{- $auth := .Values.shim.auth }}
 {{- if and .Values.shim.enabled (ne (eq $auth.mode "None") (not (empty $auth.namespace))) }}

@@ -284,9 +284,8 @@ def fsck(target: Target, what: str, everything: bool, form: Format) -> Exit:
     something is broken or missing.
     """
     try:
-        from claas_store.fsck import fsck as check
-
         from claas_store.errors import StorageDenied, StorageUnavailable, StoreError
+        from claas_store.fsck import fsck as check
     except ModuleNotFoundError as error:
         raise missing(error.name, "store", "claas fsck") from None
     known: list[str] | None = None

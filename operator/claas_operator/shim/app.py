@@ -84,7 +84,7 @@ def run(settings: ShimSettings, *, host: str = "127.0.0.1", port: int = 8080, lo
         make_app(settings, started=started),
         host=host,
         port=port,
-        http="h11",
+        http="h11",  # bounds a call's headers; httptools does not
         ws="none",
         log_config=None,
         access_log=False,

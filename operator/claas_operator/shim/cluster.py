@@ -17,7 +17,8 @@ from claas_operator.snapshot import Kind
 # The server ends a watch after this; it sends bookmarks about once a minute, so a connection silent for longer is dead.
 WATCH_SECONDS: Final = 240
 SILENCE_SECONDS: Final = 100
-CONNECTIONS: Final = 200
+# Few and kept: a TLS handshake costs both sides as much as several calls.
+CONNECTIONS: Final = 24
 
 _PLURALS: Final = {Kind.REQUEST: names.REQUEST_PLURAL, Kind.ADAPTER: names.ADAPTER_PLURAL}
 

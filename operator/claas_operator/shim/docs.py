@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from claas_crds.model import URI_PATTERN
 from claas_operator.shim import models, problems
 from claas_operator.shim.auth import bearer
 from claas_operator.shim.http import OPEN
@@ -48,6 +49,9 @@ Feedback on one response of a model becomes one training step on your own LoRA a
 
 `POST /v1/lora/init` makes an adapter, `POST /v1/distill` teaches it, and answers when that is done (or, with
 `Prefer: respond-async`, at once). Every error is a problem document (RFC 9457) that names the field and the fix.
+
+Every call is about the caller's own namespace; one that is not, and that they have rights in, is named by the parameter
+`?namespace=` or the header `Claas-Namespace`.
 """
 
 
@@ -123,7 +127,7 @@ def tailored(found: dict[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
     def visit(node: Any) -> Any:
         if isinstance(node, dict):
             return {
-                name: pattern if name == "pattern" and value == models.URI_PATTERN else visit(value)
+                name: pattern if name == "pattern" and value == URI_PATTERN else visit(value)
                 for name, value in node.items()
             }
         if isinstance(node, list):

@@ -23,6 +23,7 @@ from claas_operator.shim.cluster import Cluster, Object
 from claas_operator.shim.health import HealthCheck
 from claas_operator.shim.http import CallerLeft
 from claas_operator.shim.informer import Informer, Subscription
+from claas_operator.shim.models import FieldProblem
 from claas_operator.shim.payloads import Payloads
 from claas_operator.shim.problems import Problem
 from claas_operator.shim.rates import Rates
@@ -43,7 +44,7 @@ class Door:
     def __init__(self, settings: ShimSettings, cluster: Cluster) -> None:
         self.settings, self.cluster = settings, cluster
         self.auth = make_auth(settings, cluster)
-        self.payloads = Payloads(settings, cluster)
+        self.payloads = Payloads(settings, cluster, lambda: self.requests.synced.is_set() and self.requests.connected)
         self.requests = Informer(
             cluster,
             Kind.REQUEST,
@@ -182,8 +183,8 @@ class Door:
         if not uris.within(uri, prefixes) or len(name) > 253:
             allowed = ", ".join(prefixes) or "none"
             detail = f"must lie below a storage prefix of namespace {namespace}: {allowed}"
-            error = problems.FieldProblem(field=field, detail=detail)
-            raise Problem(problems.OUTSIDE, f"{field} {detail}", errors=[error])
+            wrong = FieldProblem(field=field, detail=detail)
+            raise Problem(problems.OUTSIDE, f"{field} {detail}", errors=[wrong])
 
     # When
 

@@ -23,7 +23,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from claas_operator.api import describe
 from claas_operator.shim import problems
+from claas_operator.shim.models import FieldProblem
 from claas_operator.shim.problems import Problem
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ class Envelope:
 def place(error: BaseException) -> str:
     """`ValueError at spec.py:93 in trim`: where it was raised, in our own code if it passed there; no message."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "claas_" in Path(frame.filename).parent.parent.name]
+    ours = [frame for frame in frames if any(part.startswith("claas_") for part in Path(frame.filename).parts)]
     if not frames:
         return type(error).__name__
     frame = (ours or frames)[-1]
@@ -293,7 +295,10 @@ def install_handlers(app: FastAPI) -> None:
         return answer(request, Problem(problems.MALFORMED, "the request cannot be read"))
 
     async def on_api(request: Request, error: Exception) -> Response:
-        return answer(request, of_api(error))
+        problem = of_api(error)
+        if problem.kind is problems.UNAVAILABLE:
+            log.warning("api server", extra={"request_id": request.state.request_id, "error": describe(error)})
+        return answer(request, problem)
 
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(RequestValidationError, on_validation)
@@ -309,12 +314,22 @@ def of_api(error: Exception) -> Problem:
         return Problem(problems.EXPIRED, "`continue` is too old")
     if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
         errors = [
-            problems.FieldProblem(field=cause.get("field", "body")[:200], detail=cause.get("message", "")[:1000])
+            FieldProblem(field=cause.get("field", "body")[:200], detail=cause.get("message", "")[:1000])
             for cause in _causes(error)
         ]
         return Problem(problems.INVALID, "the API server does not accept it", errors=errors)
-    if status == HTTPStatus.FORBIDDEN and "exceeded quota" in str(_status(error).get("message")):
-        return Problem(problems.QUOTA, "the namespace has as many objects as it may", retry_seconds=60)
+    if status == HTTPStatus.NOT_FOUND:
+        return Problem(problems.NOT_FOUND, "it is gone by now")
+    if status == HTTPStatus.CONFLICT:
+        return Problem(problems.CONFLICT, "it has changed meanwhile", fix="look at it, and ask again")
+    if status == HTTPStatus.FORBIDDEN:
+        said = str(_status(error).get("message"))
+        if "exceeded quota" in said:
+            return Problem(problems.QUOTA, "the namespace has as many objects as it may", retry_seconds=60)
+        if "being terminated" in said:
+            return Problem(problems.CONFLICT, "the namespace is being deleted", fix="choose another")
+        if "cannot" not in said:  # what RBAC says of ourselves
+            return Problem(problems.FORBIDDEN, "a policy of the cluster refuses it")
     return Problem(problems.UNAVAILABLE, "the Kubernetes API server does not answer as it should")
 
 

@@ -30,7 +30,8 @@ A request's `id` is its object's name in the namespace. Every error is a `Proble
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
@@ -100,6 +101,32 @@ def _one_of(*names: str) -> Callable[[Any], bool]:
     return lambda body: sum(getattr(body, name) is not None for name in names) == 1
 
 
+_PROMPTS: Final = ("prompt", "messages")
+_RESPONSES: Final = ("response", "response_token_ids")
+_TYPES: Final[dict[str, Any]] = {
+    "messages": "array",
+    "response_token_ids": "array",
+    "samples": "array",
+    "teacher_logprobs": ["array", "object"],
+}
+
+
+def _form(needed: Iterable[str], absent: Iterable[str]) -> dict[str, Any]:
+    """One form of a body in JSON schema's words."""
+    given = {name: {"type": _TYPES.get(name, "string")} for name in needed}
+    return {"required": [*given], "properties": given | {name: {"type": "null"} for name in absent}}
+
+
+def _singles(*taught: str) -> Iterator[tuple[list[str], list[str]]]:
+    """(needed, absent) fields of each form of a sample."""
+    for prompt, response in itertools.product(_PROMPTS, _RESPONSES):
+        yield [prompt, response, *taught], [name for name in (*_PROMPTS, *_RESPONSES) if name not in (prompt, response)]
+
+
+def _sample_forms(*taught: str) -> dict[str, Any]:
+    return {"anyOf": [_form(needed, absent) for needed, absent in _singles(*taught)]}
+
+
 class Sample(Body):
     """One response and what is known about it."""
 
@@ -151,6 +178,7 @@ class Sample(Body):
             ),
         ),
     )
+    model_config = ConfigDict(json_schema_extra=_sample_forms())
 
 
 TeacherLogprobs = list[Any] | dict[str, Any]
@@ -164,6 +192,7 @@ class LiteSample(Sample):
     """A sample whose teacher has been asked already."""
 
     teacher_logprobs: TeacherLogprobs = Field(description=_TEACHER_LOGPROBS)
+    model_config = ConfigDict(json_schema_extra=_sample_forms("teacher_logprobs"))
 
 
 class Training(Body):
@@ -256,7 +285,6 @@ _ON_RULES: Final = (
         lambda body: body.adapter is None or (body.base_model is None and body.pool is None),
     ),
 )
-_RESPONSES: Final = ("response", "response_token_ids")
 _EITHER: Final = (
     "give either samples or, for a single one, prompt and response (and what goes with them) beside lora_uri"
 )
@@ -298,12 +326,19 @@ LITE_EXAMPLE: Final = {
 }
 
 
-def _alternatives(*taught: str) -> dict[str, Any]:
-    """Which fields are needed together, in OpenAPI's words: a target, and samples or a single one's fields."""
-    needs = [{"anyOf": [{"required": [one]} for one in pair]} for pair in (("prompt", "messages"), _RESPONSES)]
-    single = {"allOf": [*needs, *({"required": [name]} for name in taught)]}
-    targets = [{"required": [name]} for name in ("lora_uri", "adapter")]
-    return {"allOf": [{"anyOf": targets}, {"anyOf": [single, {"required": ["samples"]}]}]}
+def _body_forms(*taught: str) -> dict[str, Any]:
+    """What a body may look like: a target, and a single sample's fields or several samples; null is absent."""
+    forms = []
+    for target, other in (("lora_uri", ["adapter"]), ("adapter", ["lora_uri", "base_model", "pool"])):
+        for needed, absent in _singles(*taught):
+            forms.append(_form([target, *needed], [*other, *absent, "samples"]))
+        forms.append(_form([target, "samples"], [*other, *Sample.model_fields, *taught]))
+    return {"anyOf": forms}
+
+
+def _unless_samples(rule: Rule) -> Rule:
+    """A sample's rule, for the single one that a body may be."""
+    return Rule(rule.field, rule.message, lambda body: body.samples is not None or rule.holds(body))
 
 
 class DistillBody(_On, Sample):
@@ -320,12 +355,9 @@ class DistillBody(_On, Sample):
     rules: ClassVar[tuple[Rule, ...]] = (
         *_ON_RULES,
         Rule("samples", _EITHER, lambda body: (body.samples is None) == _given_inline(body)),
-        *(
-            Rule(rule.field, rule.message, lambda body, rule=rule: body.samples is not None or rule.holds(body))
-            for rule in Sample.rules
-        ),
+        *map(_unless_samples, Sample.rules),
     )
-    model_config = ConfigDict(json_schema_extra={"examples": [PUBLISHED_EXAMPLE, RICH_EXAMPLE]} | _alternatives())
+    model_config = ConfigDict(json_schema_extra={"examples": [PUBLISHED_EXAMPLE, RICH_EXAMPLE]} | _body_forms())
 
 
 class LiteBody(_On, Sample):
@@ -346,17 +378,14 @@ class LiteBody(_On, Sample):
             _EITHER,
             lambda body: (body.samples is None) == (_given_inline(body) or body.teacher_logprobs is not None),
         ),
-        *(
-            Rule(rule.field, rule.message, lambda body, rule=rule: body.samples is not None or rule.holds(body))
-            for rule in Sample.rules
-        ),
+        *map(_unless_samples, Sample.rules),
         Rule(
             "teacher_logprobs",
             "teacher_logprobs are needed here; /v1/distill asks the teacher itself",
             lambda body: body.samples is not None or body.teacher_logprobs is not None,
         ),
     )
-    model_config = ConfigDict(json_schema_extra={"examples": [LITE_EXAMPLE]} | _alternatives("teacher_logprobs"))
+    model_config = ConfigDict(json_schema_extra={"examples": [LITE_EXAMPLE]} | _body_forms("teacher_logprobs"))
 
 
 class InitBody(Body):

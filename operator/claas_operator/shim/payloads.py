@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import secrets
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -30,10 +31,14 @@ _TIME: Final = "%Y%m%d-%H%M%S"
 
 
 class Payloads:
-    """`seen` and `lost` are the informer's; `run` it for ever."""
+    """`seen` and `lost` are the informer's; `run` it for ever.
 
-    def __init__(self, settings: ShimSettings, cluster: Cluster) -> None:
-        self._settings, self._cluster = settings, cluster
+    Args:
+        whole: whether the informer has told of every request there is, and still hears: nothing is swept before.
+    """
+
+    def __init__(self, settings: ShimSettings, cluster: Cluster, whole: Callable[[], bool]) -> None:
+        self._settings, self._cluster, self._whole = settings, cluster, whole
         self._named: dict[str, str] = {}  # uid of a request -> the payload that it names
         self._orphans: asyncio.Queue[str] = asyncio.Queue()
 
@@ -86,6 +91,9 @@ class Payloads:
 
     async def sweep(self) -> None:
         """Finds payloads that nobody names and that are older than the grace time."""
+        if not self._whole():
+            log.warning("payloads not swept: not every request is known")
+            return
         try:
             namespaces = await self._cluster.namespaces()
         except FAILURES as error:
@@ -97,7 +105,7 @@ class Payloads:
         }
         for folder in sorted(folders):
             try:
-                found = await asyncio.to_thread(lambda folder=folder: open_store(folder).list(folder))
+                found = await asyncio.to_thread(_list, folder)
             except StoreError as error:
                 log.warning("payloads not swept", extra={"error": type(error).__name__})
                 return
@@ -111,6 +119,10 @@ class Payloads:
             await asyncio.to_thread(lambda: open_store(uri).delete(uri))
         except StoreError as error:  # the next sweep finds it again
             log.warning("payload not deleted", extra={"error": type(error).__name__})
+
+
+def _list(folder: str) -> Sequence[tuple[str, int]]:
+    return open_store(folder).list(folder)
 
 
 def _made_at(uri: str) -> datetime | None:

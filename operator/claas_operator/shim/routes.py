@@ -27,7 +27,6 @@ from claas_operator.snapshot import Kind
 
 DEFAULT_PAGE: Final = 50
 MAX_PAGE: Final = 200
-EVENTS_SECONDS: Final = 3600.0  # a stream ends then; whoever still wants to know asks again
 PING_SECONDS: Final = 15.0  # so that no proxy between us takes a quiet stream for a dead one
 MAX_KEY: Final = 255
 FORGET_SECONDS: Final = 10.0  # for the operator to see that a field was emptied
@@ -43,7 +42,7 @@ _LATER_ADAPTER: Final[dict[int | str, dict[str, Any]]] = {
     202: {"model": models.Adapter, "description": "It goes on; ask at Location.", "headers": _LOCATION}
 }
 _STREAM: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events, each a Request."}
+    200: {"content": {"text/event-stream": {}}, "description": "Events, each a Request as JSON."}
 }
 _UNHEALTHY: Final[dict[int | str, dict[str, Any]]] = {
     503: {"model": models.Health, "description": "A request would not be served."}
@@ -66,7 +65,7 @@ class Tenant:
         return location(kind, name, self.namespace if self.named else None)
 
 
-def _door(request: Request) -> Door:
+async def _door(request: Request) -> Door:  # not async, it would cost a thread
     door: Door = request.app.state.door
     return door
 
@@ -82,11 +81,11 @@ def tenant(verb: str, kind: Kind) -> Callable[..., Awaitable[Tenant]]:
         door: AnyDoor,
         namespace: Annotated[
             str | None,
-            Query(pattern=NAMESPACE_PATTERN, description="Namespace, where it is not the caller's own."),
+            Query(pattern=NAMESPACE_PATTERN, include_in_schema=False),
         ] = None,
         claas_namespace: Annotated[
             str | None,
-            Header(alias="Claas-Namespace", pattern=NAMESPACE_PATTERN, description="The same, as a header."),
+            Header(alias="Claas-Namespace", pattern=NAMESPACE_PATTERN, include_in_schema=False),
         ] = None,
     ) -> Tenant:
         if namespace and claas_namespace and namespace != claas_namespace:
@@ -246,7 +245,7 @@ def _same(raw: Object, digest: str, tenant: Tenant) -> Object:
     """The request that a key made before, if its body was this one."""
     if (raw["metadata"].get("annotations") or {}).get(spec.BODY_ANNOTATION) != digest:
         detail = "this Idempotency-Key was used with another body"
-        error = problems.FieldProblem(field="Idempotency-Key", detail=detail)
+        error = models.FieldProblem(field="Idempotency-Key", detail=detail)
         where = tenant.location(Kind.REQUEST, raw["metadata"]["name"])
         raise Problem(problems.CONFLICT, detail, fix="use a new key for a new body", errors=[error], instance=where)
     return raw
@@ -331,9 +330,10 @@ async def _states(tenant: Tenant, raw: Object) -> AsyncIterator[Object | None]:
     if _ended(raw):
         return
     clock = asyncio.get_running_loop().time
-    end = clock() + EVENTS_SECONDS
+    end = clock() + door.settings.max_wait_seconds  # whoever still wants to know asks again
     with door.requests.subscribe(uid) as subscription:
-        while clock() < end and not door.requests.over(uid):
+        crowded = door.requests.waiting > door.settings.limits.max_waiting
+        while clock() < end and not crowded and not door.requests.over(uid):
             try:
                 async with asyncio.timeout(PING_SECONDS):
                     await subscription.news()
