@@ -256,18 +256,34 @@ def test_quota_secret_and_storage_class_are_looked_at(deployer: Claas, stage: Sh
     assert found["volume trial-model"]["says"] == "names no storage class, and the cluster has no default one"
 
 
-def test_deploy_installs_and_again_upgrades(deployer: Claas, stage: ShimStage, nodes: None) -> None:
-    words = ["deploy", "-n", stage.home, "--release", "real", *CREDENTIALS, *CLASSES]
-    done = deployer(*words)
+@pytest.fixture
+def real(deployer: Claas, stage: ShimStage) -> Iterator[list[str]]:
+    """`claas deploy` of a release that goes with the test. Its admission policy would bind the stage's operator too."""
+    yield [
+        "deploy",
+        "-n",
+        stage.home,
+        "--release",
+        "real",
+        *CREDENTIALS,
+        *CLASSES,
+        "--set",
+        "admissionPolicy.enabled=false",
+    ]
+    # No hooks: there is no kubelet to run their Pods.
+    uninstall = ["helm", "uninstall", "real", "-n", stage.home, "--no-hooks"]
+    subprocess.run(uninstall, env=os.environ | deployer.environment, capture_output=True, timeout=60, check=False)
+
+
+def test_deploy_installs_and_again_upgrades(deployer: Claas, stage: ShimStage, nodes: None, real: list[str]) -> None:
+    done = deployer(*real)
     assert done.code == 0, done.err
     assert done.out.startswith("WHAT\tIS\tSAYS\tFIX\n")
     assert "release real is installed" in done.err
     path = f"/apis/apps/v1/namespaces/{stage.home}/deployments/real-operator"
     assert stage.api.get(path) is not None
-    assert deployer(*words, "--set", "operator.replicas=2").code == 0
+    assert deployer(*real, "--set", "operator.replicas=2").code == 0
     assert stage.api("GET", path)["spec"]["replicas"] == 2
-    environment = os.environ | deployer.environment
-    subprocess.run(["helm", "uninstall", "real", "-n", stage.home], env=environment, check=True, capture_output=True)
 
 
 def test_what_the_chart_refuses_is_said_in_its_words(deployer: Claas) -> None:

@@ -428,14 +428,11 @@ def reach_store(needs: Needs) -> Check:
     if ".svc" in needs.endpoint:
         return ok("store", f"{needs.endpoint} is inside the cluster: not looked at from here")
     bucket = s3[0].removeprefix("s3://").partition("/")[0]
-    url = (
-        f"{needs.endpoint.rstrip('/')}/{bucket}"
-        if needs.endpoint
-        else f"https://{bucket}.s3.{needs.region}.amazonaws.com"
-    )
+    amazon = f"https://{bucket}.s3.{needs.region or 'us-east-1'}.amazonaws.com"
+    url = f"{needs.endpoint.rstrip('/')}/{bucket}" if needs.endpoint else amazon
     try:
         status = httpx.head(url, timeout=REACH_SECONDS).status_code
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # UnicodeError: no name of a host
         said = f"{url} does not answer from here ({type(error).__name__})"
         return warning("store", said, "is storage.endpoint right, and will the cluster reach it?")
     if status == httpx.codes.NOT_FOUND:
