@@ -164,18 +164,21 @@ class ControlPlaneModel(RuleBasedStateMachine):
             return
         if (Kind.ADAPTER, TEAM, name) in self.api.objects:
             self.api.ask_to_delete(Kind.ADAPTER, TEAM, name)
-        if (Kind.ADAPTER, TEAM, name) not in self.api.objects:  # else its versions go first
-            # Where versions were kept, the store would refuse another adapter.
-            version = name if "deletionPolicy" in SPECS[name] else f"{name}-{self.api.version}"
-            uri, uid = f"{PREFIX}{version}/", f"uid-{name}-{self.api.version}"
-            raw = adapter(
-                name, head=int(ready), uid=uid, created=self.now, spec=SPECS[name] | {"storage": {"uri": uri}}
-            )
-            if ready:
-                raw["status"] |= {"uri": uri, "version": version}
-                raw["status"]["history"][0] |= {"uri": uri, "version": version}
-                self.there.add(uri)
-            self.api.add(raw)
+        self.user_creates_adapter(name, ready)
+
+    def user_creates_adapter(self, name: str, ready: bool) -> None:
+        """Unless there is one, which may be waiting for its versions to go."""
+        if (Kind.ADAPTER, TEAM, name) in self.api.objects:
+            return
+        # Where versions were kept, the store would refuse another adapter.
+        version = name if "deletionPolicy" in SPECS[name] else f"{name}-{self.api.version}"
+        uri, uid = f"{PREFIX}{version}/", f"uid-{name}-{self.api.version}"
+        raw = adapter(name, head=int(ready), uid=uid, created=self.now, spec=SPECS[name] | {"storage": {"uri": uri}})
+        if ready:
+            raw["status"] |= {"uri": uri, "version": version}
+            raw["status"]["history"][0] |= {"uri": uri, "version": version}
+            self.there.add(uri)
+        self.api.add(raw)
 
     @rule(name=st.sampled_from(ADAPTERS), which=st.integers(0, 9))
     def user_rolls_back(self, name: str, which: int) -> None:
@@ -523,6 +526,8 @@ class ControlPlaneModel(RuleBasedStateMachine):
         for _ in range(CALM_ROUNDS):
             if self.at_rest():
                 break
+            for name in ADAPTERS:
+                self.user_creates_adapter(name, ready=False)
             self.kubelet()
             self.garbage_collector()
             self.time_passes(1)
