@@ -115,7 +115,7 @@ class Family:
             member
             for member in self.members.values()
             if member.manifest is not None
-            and (member.uri == self.uri or (not member.is_first and self.uri in self.ancestors(member)))
+            and (member.uri == self.uri or self.uri in self.ancestors(member))
             and not (lender and member.manifest.adapter_uid == lender)
         ]
 
