@@ -45,7 +45,7 @@ mutations: env ## break every formula of the loss, one at a time, and see a test
 .PHONY: learning
 learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (hours on two cores; a GPU is used if there is one)
 	@mkdir -p build
-	$(PY) -m learning run --preferences brief,commaless,friend,excited --settings '{"samples": 4}' --out build/learning.json
+	$(PY) -m learning run --preferences friend,happy,example,remember --settings '{"samples": 4, "training": {"learningRate": 2e-4}}' --out build/learning.json
 	$(PY) -m learning plot --out build/learning.json
 	$(PY) -m learning verdict --out build/learning.json
 

@@ -1,12 +1,14 @@
 """The real object store of the tests: SeaweedFS on a free loopback port, ready when a put and a get went through.
 
-`object_store` is one for the whole session; `running(folder)` starts another, for tests that stop it. The kernel kills
+`object_store` is one for the whole session; `running(folder)` starts another, for tests that stop it or that need
+identities with fewer rights. The kernel kills
 the process when the thread that started it ends, however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +92,19 @@ def _weed() -> str:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, port: int = 0, access_key: str = "", secret_key: str = "") -> Iterator[ObjectStore]:
+def running(
+    folder: Path,
+    *,
+    port: int = 0,
+    access_key: str = "",
+    secret_key: str = "",
+    rights: Mapping[str, Sequence[str]] | None = None,
+) -> Iterator[ObjectStore]:
     """A store that keeps its data in `folder`; started again there with the same keys and port, it has them again.
+
+    Args:
+        rights: of identities besides the administrator, by access key, such as `Write:adapters/alice/*`; an identity's
+            secret key is `secret_of` its access key.
 
     Raises:
         RuntimeError: it did not start, or not within a minute; with the end of its log.
@@ -107,6 +120,11 @@ def running(folder: Path, *, port: int = 0, access_key: str = "", secret_key: st
     command = [_weed(), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *options]
     command += [f"-bucket={BUCKET}", "-admin.ui=false", "-master.telemetry=false"]
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key}
+    if rights is not None:
+        admin = _identity("admin", access_key, secret_key, ["Admin", "Read", "Write", "List", "Tagging"])
+        others = [_identity(key, key, secret_of(key), allowed) for key, allowed in rights.items()]
+        (folder / "s3.json").write_text(json.dumps({"identities": [admin, *others]}))
+        command.append(f"-s3.config={folder / 's3.json'}")
     with log.open("ab") as out:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "--", *command],
@@ -122,6 +140,16 @@ def running(folder: Path, *, port: int = 0, access_key: str = "", secret_key: st
         yield store
     finally:
         store.stop()
+
+
+def secret_of(access_key: str) -> str:
+    """The secret key of an identity in `rights`."""
+    return f"secret-of-{access_key}"
+
+
+def _identity(name: str, access_key: str, secret_key: str, actions: Sequence[str]) -> dict[str, Any]:
+    credentials = [{"accessKey": access_key, "secretKey": secret_key}]
+    return {"name": name, "credentials": credentials, "actions": list(actions)}
 
 
 def _await_round_trip(store: ObjectStore, log: Path) -> None:

@@ -179,11 +179,11 @@ def job(name: str, *, end: str = "", at: datetime = NOW, labels: Raw | None = No
     }
 
 
-def operation_labels(adapter_uid: str) -> Raw:
+def operation_labels(adapter_uid: str, operation: str = "create") -> Raw:
     return {
         names.INSTANCE_LABEL: "claas",
         names.COMPONENT_LABEL: "operation",
-        names.OPERATION_LABEL: "create",
+        names.OPERATION_LABEL: operation,
         names.ADAPTER_UID_LABEL: adapter_uid,
     }
 
@@ -337,6 +337,27 @@ class MemoryApi:
         if raw["metadata"]["resourceVersion"] != str(version):
             raise ApiException(status=409, reason="Conflict")
         return copy.deepcopy(self.change(kind, namespace, name, {"status": status}))
+
+    async def patch_metadata(self, kind: Kind, namespace: str, name: str, version: int, metadata: Raw) -> Raw:
+        await self.pause()
+        self.writes += 1
+        raw = self.objects.get((kind, namespace, name))
+        if raw is None:
+            raise ApiException(status=404, reason="NotFound")
+        if (raw["metadata"]["resourceVersion"], raw["metadata"]["uid"]) != (str(version), metadata["uid"]):
+            raise ApiException(status=409, reason="Conflict")
+        changed = self.change(kind, namespace, name, {"metadata": metadata})
+        if "deletionTimestamp" in changed["metadata"] and not changed["metadata"].get("finalizers"):
+            self.drop(kind, namespace, name)
+        return copy.deepcopy(changed)
+
+    def ask_to_delete(self, kind: Kind, namespace: str, name: str) -> None:
+        """As a user deletes: what has a finalizer stays, and says since when it should be gone."""
+        meta = self.objects[kind, namespace, name]["metadata"]
+        if not meta.get("finalizers"):
+            self.drop(kind, namespace, name)
+        elif "deletionTimestamp" not in meta:
+            self.change(kind, namespace, name, {"metadata": {"deletionTimestamp": format_time(self.clock())}})
 
     async def delete(
         self, kind: Kind, namespace: str, name: str, *, uid: str, grace_seconds: int | None = None

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,13 +47,14 @@ TIMINGS = {
     "teacherProbeSeconds": 0.3,
     "fenceGraceSeconds": 2,
     "reasonDelaySeconds": 1,
+    "deletionLimitSeconds": 20,
 }
 
 
 # What the operator may do; the chart grants the same. No wildcard, no secrets.
 EVERYWHERE: list[Raw] = [
     {"apiGroups": [names.GROUP], "resources": ["distillrequests"], "verbs": ["get", "list", "watch", "delete"]},
-    {"apiGroups": [names.GROUP], "resources": ["loraadapters"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": [names.GROUP], "resources": ["loraadapters"], "verbs": ["get", "list", "watch", "patch"]},
     {"apiGroups": [names.GROUP], "resources": ["distillrequests/status", "loraadapters/status"], "verbs": ["patch"]},
     {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "list", "watch"]},
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
@@ -66,10 +67,11 @@ EVERYWHERE: list[Raw] = [
     {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]},
 ]
 AT_HOME: list[Raw] = [
-    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create"]},
+    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "delete"]},
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["delete"]},
     {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create", "patch"]},
     {"apiGroups": ["apps"], "resources": ["deployments"], "verbs": ["get"]},
+    {"apiGroups": ["apps"], "resources": ["deployments/scale"], "verbs": ["patch"]},
 ]
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
 OPERATOR = "claas-operator-under-test"
@@ -203,14 +205,14 @@ class Stage:
 
     # Users
 
-    def adapter(self, name: str = "coder", *, ready: bool = True) -> Raw:
+    def adapter(self, name: str = "coder", *, ready: bool = True, **spec: Any) -> Raw:
         """A LoraAdapter, with its first version unless that is what the test is about."""
         uri = f"s3://adapters/{self.team}/{name}/"
         body = {
             "apiVersion": names.API_VERSION,
             "kind": names.ADAPTER_KIND,
             "metadata": {"name": name},
-            "spec": {"baseModel": MODEL, "storage": {"uri": uri}},
+            "spec": {"baseModel": MODEL, "storage": {"uri": uri}} | spec,
         }
         path = f"{GROUP}/namespaces/{self.team}/{names.ADAPTER_PLURAL}"
         self.api("POST", path, body)
@@ -221,19 +223,88 @@ class Stage:
         return self.see_adapter(name)
 
     def request(self, name: str, adapter: str = "coder", **spec: Any) -> Raw:
-        """A DistillRequest."""
+        """A DistillRequest; without an adapter, on the bare `loraUri` that `spec` gives."""
         samples = [{"prompt": "SECRET-prompt", "response": "SECRET-response", "feedback": "SECRET-feedback"}]
+        on = {"adapterRef": {"name": adapter}} if adapter else {}
         body = {
             "apiVersion": names.API_VERSION,
             "kind": names.REQUEST_KIND,
             "metadata": {"name": name},
-            "spec": {"adapterRef": {"name": adapter}, "samples": samples} | spec,
+            "spec": on | {"samples": samples} | spec,
         }
         created: Raw = self.api("POST", f"{GROUP}/namespaces/{self.team}/{names.REQUEST_PLURAL}", body)
         return created
 
+    def change_adapter(self, name: str = "coder", **spec: Any) -> None:
+        """`kubectl patch la`: None removes a field."""
+        self.api("PATCH", self.adapter_path(name), {"spec": spec})
+
+    def delete_adapter(self, name: str = "coder") -> None:
+        """`kubectl delete la --wait=false`."""
+        self.api("DELETE", self.adapter_path(name))
+
+    def adapter_path(self, name: str = "coder") -> str:
+        """An adapter's path; without a name, that of all."""
+        return f"{GROUP}/namespaces/{self.team}/{names.ADAPTER_PLURAL}/{name}".rstrip("/")
+
+    def condition(self, kind: str, name: str = "coder") -> Raw:
+        """A condition of an adapter; empty when it has none of the type."""
+        conditions = (self.see_adapter(name).get("status") or {}).get("conditions") or []
+        return next((c for c in conditions if c["type"] == kind), {})
+
+    def events(self, namespace: str = "") -> list[Raw]:
+        """The operator's Events."""
+        found = self.api.get(f"/apis/events.k8s.io/v1/namespaces/{namespace or self.team}/events") or {}
+        return [event for event in found.get("items", []) if event.get("reportingController") == "claas.dev/operator"]
+
+    def operation(self, name: str, answer: Raw, seconds: float = WAIT_SECONDS) -> list[str]:
+        """Waits for the Pod of an operation Job, has it answer, and gives the arguments that it was called with."""
+        fresh: list[Raw] = []
+
+        def appeared() -> bool:
+            pods = [p for p in self.pods("operation") if p["metadata"]["labels"][names.OPERATION_LABEL] == name]
+            fresh[:] = [pod for pod in pods if pod["status"].get("phase") == "Pending"]
+            return bool(fresh)
+
+        self.wait(f"a Pod for {name}", appeared, seconds)
+        self.run_pod(fresh[0]["metadata"]["name"], answer)
+        arguments: list[str] = fresh[0]["spec"]["containers"][0]["args"]
+        return arguments
+
+    def run_pod(self, name: str, answer: Raw) -> None:
+        """The Pod of an operation ends with this answer."""
+        self.end_pod(name, "operation", json.dumps(answer), "Succeeded" if answer["ok"] else "Failed")
+
+    @contextlib.contextmanager
+    def store(self, environment: Mapping[str, str]) -> Iterator[None]:
+        """Operation Pods run what they should, the real `claas_store`, with `environment`; one after the other."""
+        over, taken = threading.Event(), set[str]()
+
+        def serve() -> None:
+            while not over.wait(0.1):
+                for pod in self.pods("operation"):
+                    name, arguments = pod["metadata"]["name"], pod["spec"]["containers"][0]["args"]
+                    if name not in taken:
+                        taken.add(name)
+                        answer = self.folder / f"{name}.json"
+                        variables = {**os.environ, **environment, "CLAAS_TERMINATION_LOG": str(answer)}
+                        variables["PYTHONPATH"] = os.pathsep.join(sys.path)
+                        command = [sys.executable, "-m", "claas_store", *arguments]
+                        done = subprocess.run(command, env=variables, capture_output=True, check=False, timeout=60)
+                        with contextlib.suppress(ApiError):  # the test may have ended
+                            phase = "Failed" if done.returncode else "Succeeded"
+                            self.end_pod(name, "operation", answer.read_text() if answer.exists() else "", phase)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(timeout=60)
+
     def see_adapter(self, name: str = "coder") -> Raw:
-        found: Raw = self.api.get(f"{GROUP}/namespaces/{self.team}/{names.ADAPTER_PLURAL}/{name}") or {}
+        found: Raw = self.api.get(self.adapter_path(name)) or {}
         return found
 
     def see(self, name: str) -> Raw:
@@ -278,7 +349,7 @@ class Stage:
     def end_pod(self, name: str, container: str, message: str, phase: str = "Succeeded") -> None:
         """The Pod's one container has ended, with a termination message."""
         now = format_time(datetime.now(UTC))[:19] + "Z"
-        terminated = {"exitCode": 0, "message": message, "startedAt": now, "finishedAt": now}
+        terminated = {"exitCode": int(phase == "Failed"), "message": message, "startedAt": now, "finishedAt": now}
         state = {"name": container, "ready": False, "restartCount": 0, "image": "x", "imageID": "x"}
         self.pod_status(name, {"phase": phase, "containerStatuses": [state | {"state": {"terminated": terminated}}]})
 
@@ -346,10 +417,7 @@ class Stage:
 
     def report(self, name: str, outcome: str = "Succeeded", reason: str = "", *, leave: bool = True) -> str:
         """Report, then leave. The uri of the new version."""
-        raw = self.api("GET", self.request_path(name))
-        status = raw["status"]
-        meta = raw["metadata"]
-        uri = next_version_uri(status["parent"]["uri"], meta["creationTimestamp"], meta["uid"], status["attempt"])
+        status, uri = self.see(name), self.next_uri(name)
         body: Raw = {
             "attempt": status["attempt"],
             "outcome": outcome,
@@ -362,6 +430,12 @@ class Stage:
         if leave:
             self.lease(status["worker"], "Ready")
         return uri
+
+    def next_uri(self, name: str) -> str:
+        """Where the current attempt of a request writes its version."""
+        raw = self.api("GET", self.request_path(name))
+        meta, status = raw["metadata"], raw["status"]
+        return next_version_uri(status["parent"]["uri"], meta["creationTimestamp"], meta["uid"], status["attempt"])
 
     def run(self, name: str) -> str:
         """Bound, claimed, reported."""

@@ -1,4 +1,5 @@
-"""`python -m claas_crds`: write the CRD files; `--check`: only say which differ; `reasons`: the table of reasons."""
+"""`python -m claas_crds`: write the CRD files and docs/reasons.md; `--check`: only say which differ; `reasons`: print
+the table of reasons."""
 
 from __future__ import annotations
 
@@ -7,13 +8,7 @@ import sys
 from pathlib import Path
 
 from claas_crds.generate import files
-from claas_crds.reasons import Reason, describe
-
-
-def reasons_table() -> str:
-    """Every reason and its sentence, as markdown."""
-    rows = [f"| `{reason}` | {describe(reason)} |" for reason in Reason]
-    return "\n".join(["| reason | means |", "|---|---|", *rows])
+from claas_crds.reasons import table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.what == "reasons":
-        print(reasons_table())
+        print(table())
         return 0
     if not (options.root / "pyproject.toml").is_file():
         parser.error(f"{options.root} is not the repository: name it with --root")

@@ -85,7 +85,8 @@ class LoraAdapterSpec(Model):
     )
     rollback_to: Name | None = Field(
         None,
-        description="Name of an old version, of status.history, to make the head again; once per change of this field.",
+        description="Name of an old version, of status.history, to make the head again; once per change of this field. "
+        "To go back to the same version again, remove the field first.",
     )
 
     cel: ClassVar[tuple[Rule, ...]] = (
@@ -114,6 +115,10 @@ class HistoryEntry(StatusModel):
         "", max_length=64, description="Request that made it; empty for the first version and for rollbacks."
     )
     at: Timestamp = Field(description="When, in UTC.")
+    cause: str = Field("", max_length=32, description="What moved it: Created, Adopted, Forked, Trained or RolledBack.")
+    origin: str = Field(
+        "", max_length=1024, description="Of an adopted or forked adapter's first version: where it came from."
+    )
 
 
 class Totals(StatusModel):
@@ -137,6 +142,12 @@ class LoraAdapterStatus(StatusModel):
         default_factory=list, max_length=1100, description="Versions being collected: no longer valid targets."
     )
     rolled_back_generation: int = Field(0, description="metadata.generation of the last rollback that was done.")
+    rollback_answered: str = Field(
+        "", max_length=253, description="spec.rollbackTo that was answered last: done or refused, see RolledBack."
+    )
     totals: Totals = Field(default_factory=Totals, description="Steps and tokens over the adapter's life.")
-    conditions: Conditions = Field(default_factory=list, description="Ready and Updating.")
+    sweep_at: str = Field(
+        "", max_length=40, description="When interrupted uploads and orphan versions are looked for again, in UTC."
+    )
+    conditions: Conditions = Field(default_factory=list, description="Ready, Updating, RolledBack and Collected.")
     observed_generation: int = Field(0, description="metadata.generation that this status answers.")

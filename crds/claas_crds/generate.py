@@ -20,6 +20,7 @@ from pydantic_core import core_schema
 from claas_crds import names
 from claas_crds.adapter import LoraAdapterSpec, LoraAdapterStatus
 from claas_crds.model import Model, StatusModel
+from claas_crds.reasons import table
 from claas_crds.request import DistillRequestSpec, DistillRequestStatus
 
 Json = dict[str, Any]
@@ -292,6 +293,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+REASONS_HEAD: Final = """<!-- Written by `python -m claas_crds` from crds/claas_crds/reasons.py: change that. -->
+# Reasons
+
+Why a condition of a `DistillRequest` or a `LoraAdapter` is what it is, in one word that scripts may match:
+`status.conditions[].reason`, for a request that waits or has failed also `status.reason`. A condition's message says it
+of the case at hand.
+
+"""
 HEADER: Final = "# Written by `python -m claas_crds` from the models in crds/claas_crds: change those.\n"
 
 
@@ -310,4 +319,5 @@ def files() -> dict[Path, str]:
         text = _dump(kept).replace("{{", '{{ "{{" }}')
         template = f"{{{{- if .Values.crds.install }}}}\n{HEADER}{text}{{{{- end }}}}\n"
         written[Path(f"charts/claas/templates/crd-{resource.plural}.yaml")] = template
+    written[Path("docs/reasons.md")] = REASONS_HEAD + table() + "\n"
     return written

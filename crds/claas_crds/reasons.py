@@ -14,6 +14,8 @@ class ConditionType(StrEnum):
     FAILED = "Failed"  # DistillRequest: ended without a step (terminal)
     READY = "Ready"  # LoraAdapter: has a head that requests can train
     UPDATING = "Updating"  # LoraAdapter: a request or an operation holds it
+    ROLLED_BACK = "RolledBack"  # LoraAdapter: spec.rollbackTo was done (True), or waits or was refused (False)
+    COLLECTED = "Collected"  # LoraAdapter: versions beyond retention are gone (True), or are going (False)
 
 
 class Outcome(StrEnum):
@@ -23,6 +25,16 @@ class Outcome(StrEnum):
     NO_SIGNAL = "NoSignal"  # nothing to learn: no version written, the parent stands
     FAILED = "Failed"  # bad input; trying again would fail alike
     RETRYABLE = "Retryable"  # a dependency failed; another attempt may do
+
+
+class Cause(StrEnum):
+    """What moved an adapter's head (`status.history[].cause`)."""
+
+    CREATED = "Created"
+    ADOPTED = "Adopted"
+    FORKED = "Forked"
+    TRAINED = "Trained"
+    ROLLED_BACK = "RolledBack"
 
 
 class Reason(StrEnum):
@@ -76,6 +88,13 @@ class Reason(StrEnum):
     TRAINING = "Training"
     IDLE = "Idle"
     DELETING = "Deleting"
+    ROLLED_BACK = "RolledBack"
+    VERSION_UNKNOWN = "VersionUnknown"
+    VERSION_COLLECTED = "VersionCollected"
+    COLLECTING = "Collecting"
+    COLLECTED = "Collected"
+    VERSIONS_LEFT = "VersionsLeft"
+    SWEPT = "Swept"
 
 
 # Dependency failures: the attempt was nobody's fault, so the operator waits for the dependency before the next one.
@@ -124,9 +143,22 @@ _SENTENCES: dict[Reason, str] = {
     Reason.TRAINING: "a request holds the adapter",
     Reason.IDLE: "nothing holds the adapter",
     Reason.DELETING: "the adapter is being deleted",
+    Reason.ROLLED_BACK: "spec.rollbackTo is the head again, or was when it was set",
+    Reason.VERSION_UNKNOWN: "spec.rollbackTo names no version of status.history; nothing was moved",
+    Reason.VERSION_COLLECTED: "spec.rollbackTo names a version that retention is deleting; nothing was moved",
+    Reason.COLLECTING: "versions beyond spec.retention are being deleted from the store",
+    Reason.COLLECTED: "the versions beyond spec.retention were deleted from the store",
+    Reason.VERSIONS_LEFT: "the adapter was deleted, but its versions stay in the store; the message says why and where",
+    Reason.SWEPT: "interrupted uploads and orphan versions were deleted from the store",
 }
 
 
 def describe(reason: Reason) -> str:
     """The sentence that explains `reason` to a user; every reason has one."""
     return _SENTENCES[reason]
+
+
+def table() -> str:
+    """Every reason and its sentence, as markdown."""
+    rows = [f"| `{reason}` | {describe(reason)} |" for reason in Reason]
+    return "\n".join(["| reason | means |", "|---|---|", *rows])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from claas_operator.snapshot import Adapter, Entry, Lease, Pod, Request
+from claas_operator.snapshot import Adapter, Entry, Job, Lease, Pod, Request
 
 Patch = dict[str, Any]
 
@@ -143,7 +143,49 @@ class Free(OnAdapter):
 
 @dataclass(frozen=True, kw_only=True)
 class Describe(OnAdapter):
-    """The adapter has no version yet, and says why."""
+    """The adapter says what it waits for, or what was made of its spec; nothing else changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback(OnAdapter):
+    """The head goes back to the version `to`, by one more move."""
+
+    to: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collect(OnAdapter):
+    """Versions beyond retention begin to go: nothing may name them from now on."""
+
+    versions: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forget(OnAdapter):
+    """Versions are gone from the store, and go from the history."""
+
+    versions: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finalize(Action):
+    """The adapter's finalizers become these. Without ours, a deleted adapter goes.
+
+    Attributes:
+        left: the head, if its versions stay in the store although they were to go.
+    """
+
+    adapter: Adapter
+    finalizers: tuple[str, ...]
+    left: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.adapter.uid
+
+    @property
+    def about(self) -> str:
+        return str(self.adapter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +217,37 @@ class StartJob(Action):
     @property
     def about(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartDeletion(StartJob):
+    """A Job that deletes versions for good; who needs which is read live first.
+
+    Attributes:
+        root: the adapter's own uri.
+        versions: names of what goes; empty: all that is the adapter's, but for `kept`.
+        kept: names of what others need, beside `root`.
+    """
+
+    adapter: Adapter
+    root: str
+    versions: frozenset[str]
+    kept: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopJob(Action):
+    """An operation that must not go on: its Job is deleted, and its Pod with it."""
+
+    job: Job
+
+    @property
+    def key(self) -> str:
+        return self.job.uid
+
+    @property
+    def about(self) -> str:
+        return str(self.job)
 
 
 class Fault(StrEnum):

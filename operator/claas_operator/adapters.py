@@ -1,61 +1,32 @@
-"""Decisions about one adapter: its first version by an operation Job, and the lock of a request that has ended."""
+"""Decisions about one adapter: its first version, its head, the lock of a request that has ended, and its end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from claas_crds import names
+from claas_crds.adapter import HistoryEntry
 from claas_crds.reasons import ConditionType, Reason, describe
 from claas_operator import status
-from claas_operator.actions import Action, Describe, Fold, Free, Note, StartJob
-from claas_operator.jobs import build_create_job, create_stem
-from claas_operator.settings import Pool, Settings
-from claas_operator.snapshot import Adapter, Job, Pod, Snapshot
-from claas_operator.workers import Wake, backoff
-from claas_store.uris import version_name, within
+from claas_operator.actions import Action, Describe, Fold, Free, Note, Rollback
+from claas_operator.deletion import plan_deletion, plan_finalizer
+from claas_operator.jobs import create_arguments
+from claas_operator.operations import Answer, Desk
+from claas_operator.permissions import may_fork, may_not_fork, not_permitted, permitted
+from claas_operator.references import References
+from claas_operator.retention import plan_collection, plan_sweep
+from claas_operator.settings import Settings
+from claas_operator.snapshot import Adapter, Snapshot
+from claas_store.uris import version_name
 
-
-class Answer(BaseModel):
-    """The termination message of a `claas_store create` container."""
-
-    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
-    ok: bool
-    uri: str = ""
-    version: str = ""
-    reason: str = ""
-    message: str = ""
-    retryable: bool = True
-
-
-def parse_answer(text: str) -> Answer | None:
-    """The answer in a termination message; None when it holds none (the container was killed, say)."""
-    try:
-        return Answer.model_validate_json(text)
-    except ValidationError:
-        return None
-
-
-# What a status takes as the name of a version.
-MAX_VERSION_NAME: Final = 253
-
-
-def permitted(uri: str, settings: Settings, namespace: str) -> bool:
-    """Whether a version of `namespace` may lie at `uri`."""
-    return within(uri, settings.prefixes(namespace)) and len(version_name(uri)) <= MAX_VERSION_NAME
-
-
-def not_permitted(field: str, settings: Settings, namespace: str) -> str:
-    """What to do about a uri in `field` that is not permitted."""
-    allowed = ", ".join(settings.prefixes(namespace)) or "none"
-    return f"{field} must lie below a storage prefix of namespace {namespace}: {allowed}"
+# The store has said that a first version cannot be: nothing is tried again before the adapter changes.
+_LASTING: Final = (Reason.CREATE_FAILED, Reason.ADAPTER_INVALID)
+# So many names of versions are shown to somebody who asked for one that is not there.
+_SHOWN_VERSIONS: Final = 10
 
 
 def refuses(adapter: Adapter, settings: Settings) -> tuple[Reason, str] | None:
-    """Why the adapter, as it is written, can never have a version here; None when it can."""
+    """Why the adapter, as it is written, can never be trained here; None when it can."""
     if adapter.spec is None:
         return Reason.INVALID_SPEC, adapter.problem
     pool_name = adapter.spec.pool or settings.default_pool
@@ -69,34 +40,38 @@ def refuses(adapter: Adapter, settings: Settings) -> tuple[Reason, str] | None:
         )
     if not permitted(adapter.spec.storage.uri, settings, adapter.namespace):
         return Reason.STORAGE_DENIED, not_permitted("spec.storage.uri", settings, adapter.namespace)
-    if adapter.spec.init_from is not None:
-        return Reason.CREATE_FAILED, "spec.initFrom is not supported by this release: leave it out for a fresh adapter"
     return None
 
 
-def plan_adapter(
-    adapter: Adapter,
-    snapshot: Snapshot,
-    settings: Settings,
-    jobs: list[Job],
-    pods: list[Pod],
-    now: datetime,
-    wake: Wake,
-) -> Iterator[Action]:
-    """What to do about one adapter.
+def _refuses_source(adapter: Adapter, settings: Settings) -> tuple[Reason, str] | None:
+    """Why the adapter may not start from `spec.initFrom`. What it has become by then is its own."""
+    if not adapter.init_from or may_fork(adapter.init_from, settings, adapter.namespace):
+        return None
+    return Reason.STORAGE_DENIED, may_not_fork("spec.initFrom.uri", settings, adapter.namespace)
+
+
+def plan_adapter(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+    """What to do about one adapter; of two actions on the adapter itself the first is done, and the rest thought again.
 
     Args:
-        jobs: its create Jobs.
-        pods: the Pods of these.
+        references: who needs which version, found when first asked for.
     """
-    if adapter.status.head_seq == 0:
-        home = operation_namespace(adapter, settings)
-        jobs, pods = [j for j in jobs if j.namespace == home], [p for p in pods if p.namespace == home]
-        if adapter.deleting is None:
-            yield from _create(adapter, snapshot, settings, sorted(jobs, key=lambda job: job.counter), pods, now, wake)
-    elif adapter.active and _may_be_freed(adapter, snapshot, settings):
+    adapter = desk.adapter
+    if adapter.active and _may_be_freed(adapter, desk.snapshot, desk.settings):
         holder_name = adapter.status.active.request_name if adapter.status.active else ""
-        yield Free(adapter=adapter, holder=adapter.active, holder_name=holder_name, status=status.freed(adapter, now))
+        freed = status.freed(adapter, desk.now)
+        yield Free(adapter=adapter, holder=adapter.active, holder_name=holder_name, status=freed)
+    elif adapter.deleting is not None:
+        yield from plan_deletion(desk, references)
+    elif finalizer := plan_finalizer(desk):
+        yield finalizer
+    elif adapter.status.head_seq == 0:
+        yield from _create(desk)
+    elif answer := _roll_back(desk) or _observe(desk):
+        yield answer
+    elif refuses(adapter, desk.settings) is None:
+        yield from plan_collection(desk, references)
+        yield from plan_sweep(desk, references)
 
 
 def _may_be_freed(adapter: Adapter, snapshot: Snapshot, settings: Settings) -> bool:
@@ -120,104 +95,116 @@ def holds(pod_uid: str, snapshot: Snapshot) -> bool:
     return pod is not None and not pod.over
 
 
-def _create(
-    adapter: Adapter,
-    snapshot: Snapshot,
-    settings: Settings,
-    jobs: list[Job],
-    pods: list[Pod],
-    now: datetime,
-    wake: Wake,
-) -> Iterator[Action]:
-    refusal = refuses(adapter, settings)
+# The head goes back
+
+
+def _roll_back(desk: Desk) -> Action | None:
+    """The answer to `spec.rollbackTo`: the head moves, or the condition says why not, once for each change of it."""
+    adapter, now = desk.adapter, desk.now
+    if adapter.spec is None:
+        return None
+    if not adapter.spec.rollback_to and adapter.status.rollback_answered:
+        return Describe(adapter=adapter, status=status.rollback_forgotten(adapter, now))
+    asked = adapter.rollback
+    if not asked:
+        return None
+    target = next((entry for entry in reversed(adapter.status.history) if entry.version == asked), None)
+    if target is None or asked in adapter.status.collecting:
+        return _refuse_rollback(desk, asked, target)
+    if adapter.active:
+        holder = adapter.status.active.request_name if adapter.status.active else ""
+        message = f"request {holder} holds the adapter; the rollback follows it, and nothing else before"
+        if status.adapter_says(adapter, ConditionType.ROLLED_BACK, Reason.ADAPTER_BUSY, message):
+            return None
+        return Describe(adapter=adapter, status=status.rollback_waits(adapter, message, now))
+    queue = desk.snapshot.queues.get((adapter.namespace, adapter.name), [])
+    unended = frozenset(request.uid for request in queue)
+    note = Note(adapter, Reason.ROLLED_BACK, f"version {asked} is the head again", warning=False)
+    return Rollback(adapter=adapter, to=asked, status=status.rolled_back(adapter, target, unended, now), note=note)
+
+
+def _refuse_rollback(desk: Desk, asked: str, target: HistoryEntry | None) -> Action:
+    adapter = desk.adapter
+    if target is None:
+        known = list(dict.fromkeys(e.version for e in reversed(adapter.status.history)))[:_SHOWN_VERSIONS]
+        reason = Reason.VERSION_UNKNOWN
+        message = f"spec.rollbackTo {asked[:100]!r} is no version of status.history; the latest are {', '.join(known)}"
+    else:
+        reason, message = Reason.VERSION_COLLECTED, f"version {asked} is beyond spec.retention and is being deleted"
+    refused = status.rollback_refused(adapter, reason, message, desk.now)
+    return Describe(adapter=adapter, status=refused, note=Note(adapter, reason, message))
+
+
+def _observe(desk: Desk) -> Action | None:
+    """What changed in a spec and needs nothing else done is acknowledged: `observedGeneration` and Ready follow."""
+    adapter = desk.adapter
+    refusal = refuses(adapter, desk.settings)
+    ready = adapter.condition(ConditionType.READY)
+    stale = 0 < adapter.status.observed_generation != adapter.generation
     if refusal is not None:
-        yield from _describe(adapter, *refusal, now)
+        told = status.unready_as(adapter, *refusal) or ready is None
+        if told and not stale:
+            return None
+        refused = status.not_ready(adapter, *refusal, desk.now)
+        return Describe(adapter=adapter, status=refused, note=None if told else Note(adapter, *refusal))
+    if stale or (ready is not None and ready.status != "True"):
+        return Describe(adapter=adapter, status=status.ready(adapter, desk.now))
+    return None
+
+
+# The first version
+
+
+def _create(desk: Desk) -> Iterator[Action]:
+    adapter, settings = desk.adapter, desk.settings
+    refusal = refuses(adapter, settings) or _refuses_source(adapter, settings)
+    if refusal is not None:
+        yield from _describe(desk, *refusal)
         return
     ready = adapter.condition(ConditionType.READY)
-    if ready and ready.reason == Reason.CREATE_FAILED and ready.observed_generation == adapter.generation:
+    if ready and ready.reason in _LASTING and ready.observed_generation == adapter.generation:
         return  # the store refused it for good; a new generation, or a new adapter, is tried again
-    answers = {pod.job: answer for pod in pods if (answer := parse_answer(pod.answer))}
-    for answer in answers.values():
+    for answer in desk.answers("create").values():
         if answer.ok:
-            yield _fold(adapter, settings, answer, now)
+            yield _fold(desk, answer)
             return
         if not answer.retryable:
-            yield from _describe(adapter, Reason.CREATE_FAILED, f"{answer.reason}: {answer.message}", now)
+            yield from _describe(desk, *_failure(adapter, answer))
             return
-    if not jobs:
-        yield from _describe(adapter, Reason.CREATING, describe(Reason.CREATING), now)
-        yield _start(adapter, snapshot, settings, jobs)
-        return
-    latest = jobs[-1]
-    if latest.finished is None:
-        trouble = next((pod.trouble for pod in pods if pod.job == latest.name and pod.trouble), "")
-        message = f"the Job {latest.name} does not start: {trouble}" if trouble else describe(Reason.CREATING)
-        yield from _describe(adapter, Reason.CREATING, message, now)
-        return
-    found = answers.get(latest.name)
-    why = f"{found.reason}: {found.message}" if found else latest.message or "its answer was lost with its Pod"
-    yield from _describe(adapter, Reason.CREATING, f"the Job {latest.name} failed and is tried again: {why}", now)
-    retry_at = latest.finished + backoff(settings, len(jobs))
-    if now >= retry_at:
-        yield _start(adapter, snapshot, settings, jobs)
-    else:
-        wake(retry_at)
+    yield from _describe(desk, Reason.CREATING, desk.trouble("create") or describe(Reason.CREATING))
+    if start := desk.start("create", create_arguments(settings, adapter)):
+        yield start
 
 
-def _describe(adapter: Adapter, reason: Reason, message: str, now: datetime) -> Iterator[Describe]:
+def _failure(adapter: Adapter, answer: Answer) -> tuple[Reason, str]:
+    """What is wrong with a source is the user's to mend and has its own reason."""
+    if adapter.init_from and answer.reason == Reason.ADAPTER_INVALID:
+        return Reason.ADAPTER_INVALID, answer.message
+    return Reason.CREATE_FAILED, f"{answer.reason}: {answer.message}"
+
+
+def _describe(desk: Desk, reason: Reason, message: str) -> Iterator[Describe]:
+    adapter = desk.adapter
     if not status.unready_as(adapter, reason, message):
         note = None if reason is Reason.CREATING else Note(adapter, reason, message)
-        yield Describe(adapter=adapter, status=status.not_ready(adapter, reason, message, now), note=note)
+        yield Describe(adapter=adapter, status=status.not_ready(adapter, reason, message, desk.now), note=note)
 
 
-def _fold(adapter: Adapter, settings: Settings, answer: Answer, now: datetime) -> Action:
+def _fold(desk: Desk, answer: Answer) -> Action:
     """The answer becomes the head; a version anywhere else than asked for is nobody's."""
+    adapter = desk.adapter
     asked = adapter.spec.storage.uri.rstrip("/") if adapter.spec else ""
     if answer.uri.rstrip("/") != asked or answer.version != version_name(asked):
         message = "the create Job answered with another uri than spec.storage.uri; nothing was taken over"
         return Describe(
             adapter=adapter,
-            status=status.not_ready(adapter, Reason.CREATE_FAILED, message, now),
+            status=status.not_ready(adapter, Reason.CREATE_FAILED, message, desk.now),
             note=Note(adapter, Reason.CREATE_FAILED, message),
         )
-    note = Note(adapter, Reason.CREATED, f"version {answer.version} was created", warning=False)
-    return Fold(adapter=adapter, status=status.created(adapter, answer.uri, answer.version, now), note=note)
-
-
-def _start(adapter: Adapter, snapshot: Snapshot, settings: Settings, jobs: list[Job]) -> StartJob:
-    namespace = operation_namespace(adapter, settings)
-    taken = snapshot.taken_counters.get((namespace, create_stem(settings, adapter.uid)), 0)
-    counter = max([taken, *(job.counter for job in jobs)]) + 1
-    return StartJob(manifest=build_create_job(settings, adapter, namespace, counter, snapshot.owner_uid), pool="")
-
-
-def operation_namespace(adapter: Adapter, settings: Settings) -> str:
-    """Where the adapter's operation Jobs run. Jobs anywhere else are not ours, whatever their labels say."""
-    pool = pool_of(adapter, settings)
-    return adapter.namespace if pool is not None and pool.isolation == "Namespace" else settings.namespace
-
-
-def pool_of(adapter: Adapter, settings: Settings) -> Pool | None:
-    """The pool that trains the adapter."""
-    return settings.pool(adapter.spec.pool or settings.default_pool) if adapter.spec else None
-
-
-def create_jobs(snapshot: Snapshot) -> dict[str, list[Job]]:
-    """The create Jobs by adapter uid."""
-    found: dict[str, list[Job]] = {}
-    for job in snapshot.jobs.values():
-        if job.component == names.COMPONENT_OPERATION and job.operation == "create":
-            found.setdefault(job.adapter_uid, []).append(job)
-    return found
-
-
-def pods_by_job(snapshot: Snapshot) -> dict[tuple[str, str], list[Pod]]:
-    """The operation Pods by namespace and Job."""
-    found: dict[tuple[str, str], list[Pod]] = {}
-    for pod in snapshot.pods.values():
-        if pod.component == names.COMPONENT_OPERATION:
-            found.setdefault((pod.namespace, pod.job), []).append(pod)
-    return found
+    came = f" from {adapter.init_from}" if adapter.init_from else ""
+    note = Note(adapter, Reason.CREATED, f"version {answer.version} was created{came}", warning=False)
+    created = status.created(adapter, answer.uri, answer.version, adapter.init_from, desk.now)
+    return Fold(adapter=adapter, status=created, note=note)
 
 
 def _list(settings: Settings) -> str:

@@ -81,6 +81,11 @@ class Api:
         body = {"metadata": {"resourceVersion": str(version)}, "status": status}
         return await self.merge(f"{self.path(kind, namespace, name)}/status", body)
 
+    async def patch_metadata(self, kind: Kind, namespace: str, name: str, version: int, metadata: Object) -> Object:
+        """Merges `metadata` in, if the object still has the resourceVersion `version` (else ApiException 409)."""
+        body = {"metadata": metadata | {"resourceVersion": str(version)}}
+        return await self.merge(self.path(kind, namespace, name), body)
+
     async def merge(self, path: str, body: Object) -> Object:
         """A JSON merge patch (RFC 7386)."""
         headers = {"Content-Type": "application/merge-patch+json"}

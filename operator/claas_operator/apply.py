@@ -26,17 +26,21 @@ from claas_operator.actions import (
     End,
     Fault,
     Fence,
+    Finalize,
     Free,
     Note,
     OnAdapter,
     OnRequest,
     Retry,
+    StartDeletion,
     StartJob,
+    StopJob,
 )
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.jobs import selector
+from claas_operator.references import References, beside
 from claas_operator.settings import Settings
-from claas_operator.snapshot import Adapter, Entry, Kind, Lease, Pod, Request, Snapshot, format_time, succeeded
+from claas_operator.snapshot import Adapter, Entry, Kind, Lease, Pod, Request, Snapshot, format_time, parse, succeeded
 from claas_operator.workers import lost
 
 log = logging.getLogger(__name__)
@@ -84,6 +88,8 @@ class Apply:
                 await self._commit(action)
             case Free():
                 await self._free(action)
+            case Finalize():
+                await self._finalize(action)
             case OnAdapter():
                 await self._patch(Kind.ADAPTER, action.adapter, action.adapter.version, action.status)
             case Retry(lost=True) | End(lost=True):
@@ -92,10 +98,14 @@ class Apply:
                 await self._after_adapter(action)
             case OnRequest():
                 await self._patch(Kind.REQUEST, action.request, action.request.version, action.status)
+            case StartDeletion():
+                await self._delete_versions(action)
             case StartJob():
                 await self._start(action)
             case Fence():
                 await self._fence(action)
+            case StopJob():
+                await self._delete(Kind.JOB, action.job)
             case DeleteRequest():
                 await self._delete(Kind.REQUEST, action.request)
             case _:
@@ -115,6 +125,26 @@ class Apply:
                 raise Lost(f"{describe(error)}: the object has changed") from error
             raise
         self._snapshot.put(kind, answer, self._clock())
+
+    async def _finalize(self, action: Finalize) -> None:
+        adapter = action.adapter
+        self._may_write()
+        if action.left:
+            log.warning("versions left", extra={"object": str(adapter), "uid": adapter.uid, "head": action.left})
+        try:
+            answer = await self._api.patch_metadata(
+                Kind.ADAPTER,
+                adapter.namespace,
+                adapter.name,
+                adapter.version,
+                {"uid": adapter.uid, "finalizers": list(action.finalizers)},
+            )
+        except ApiException as error:
+            if error.status in _LOST_CODES:
+                await self._refresh(Kind.ADAPTER, adapter)
+                raise Lost(f"{describe(error)}: the object has changed") from error
+            raise
+        self._snapshot.put(Kind.ADAPTER, answer, self._clock())
 
     async def _commit(self, action: Commit) -> None:
         """The request is read after the adapter's resourceVersion was, so that no Retry or End can be in between."""
@@ -224,6 +254,31 @@ class Apply:
             self._snapshot.taken_counters[action.namespace, stem] = int(counter)
             raise Lost("the Job's name is taken") from error
         self._snapshot.put(Kind.JOB, answer, self._clock())
+
+    async def _delete_versions(self, action: StartDeletion) -> None:
+        """Who needs which version is read live, whole: what was tombstoned before is safe from whoever comes after."""
+        adapter, now = action.adapter, self._clock()
+        adapters, requests = list[Adapter](), list[Request]()
+        for kind in (Kind.ADAPTER, Kind.REQUEST):
+            async for raw in self._api.list(kind):
+                self._snapshot.put(kind, raw, now)
+                try:
+                    found = parse(kind, raw, now)
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise Lost("an object cannot be read: nobody knows what it needs") from error
+                if isinstance(found, Adapter):
+                    adapters.append(found)
+                elif isinstance(found, Request) and found.ended is None:
+                    requests.append(found)
+        live = next((found for found in adapters if found.uid == adapter.uid), None)
+        if live is None or not action.versions <= {*live.status.collecting}:
+            raise Lost("the adapter has no such versions to delete any more")
+        references = References(adapters, requests)
+        if any(references.needed(beside(action.root, name), live) for name in action.versions):
+            raise Lost("somebody needs one of the versions")
+        if not action.versions and references.siblings(action.root, live) != action.kept:
+            raise Lost("others need other versions beside the adapter's")
+        await self._start(action)
 
     async def _fence(self, action: Fence) -> None:
         pod = action.pod

@@ -20,9 +20,20 @@ def worker_stem(settings: Settings, pool: Pool) -> str:
     return f"{settings.instance}-{pool.name}"
 
 
-def create_stem(settings: Settings, adapter_uid: str) -> str:
-    """What the names of an adapter's create Jobs begin with; a counter follows. 64 bits of a random uid are unique."""
-    return f"{settings.instance}-create-{adapter_uid.replace('-', '')[:16]}"
+# The operations, and what each adds to its Jobs' names: no longer, or a long release's name leaves the counter no room.
+OPERATION_STEMS: Final = {
+    "create": "create",
+    "tombstone": "mark",
+    "restore": "restore",
+    "delete": "delete",
+    "destroy": "destroy",
+    "sweep": "sweep",
+}
+
+
+def operation_stem(settings: Settings, operation: str, adapter_uid: str) -> str:
+    """What the names of an operation's Jobs for an adapter begin with; a counter follows. 64 random bits are unique."""
+    return f"{settings.instance}-{OPERATION_STEMS[operation]}-{adapter_uid.replace('-', '')[:16]}"
 
 
 def selector(settings: Settings, component: str) -> dict[str, str]:
@@ -63,10 +74,8 @@ def build_worker_job(
     return _job(settings, name, namespace, labels, spec, owner_uid)
 
 
-def build_create_job(
-    settings: Settings, adapter: Adapter, namespace: str, counter: int, owner_uid: str | None
-) -> Manifest:
-    """The CPU Job that writes an adapter's first, zero-effect version. Its answer is its termination message.
+def create_arguments(settings: Settings, adapter: Adapter) -> list[str]:
+    """What `claas_store create` needs to know: a fresh, zero-effect version, or one from `spec.initFrom`.
 
     Raises:
         ValueError: the adapter's spec does not validate.
@@ -74,7 +83,7 @@ def build_create_job(
     if adapter.spec is None:
         raise ValueError(f"adapter {adapter}: {adapter.problem}")
     lora = adapter.spec.lora
-    arguments = [
+    return [
         "create",
         *("--uri", adapter.spec.storage.uri),
         *("--base-model", adapter.spec.base_model),
@@ -83,16 +92,8 @@ def build_create_job(
         *("--alpha", _number(lora.alpha)),
         *("--target-modules", ",".join(lora.target_modules)),
         *("--adapter-uid", adapter.uid),
+        *(("--init-from", adapter.spec.init_from.uri) if adapter.spec.init_from else ()),
     ]
-    return build_operation_job(
-        settings,
-        "create",
-        f"{create_stem(settings, adapter.uid)}-{counter}",
-        adapter.uid,
-        namespace,
-        arguments,
-        owner_uid,
-    )
 
 
 def build_operation_job(
@@ -103,14 +104,19 @@ def build_operation_job(
     namespace: str,
     arguments: list[str],
     owner_uid: str | None,
+    template: Manifest | None = None,
 ) -> Manifest:
-    """A small CPU Job that runs `claas_store` with `arguments` for one adapter."""
+    """A small CPU Job that runs `claas_store` with `arguments` for one adapter.
+
+    Args:
+        template: of a pool whose operations run as its tenant; None: the release's.
+    """
     labels = selector(settings, names.COMPONENT_OPERATION) | {
         names.OPERATION_LABEL: operation,
         names.ADAPTER_UID_LABEL: adapter_uid,
     }
     operations = settings.operations
-    template = _stamp(operations.template, labels, OPERATION_CONTAINER, [])
+    template = _stamp(template or operations.template, labels, OPERATION_CONTAINER, [])
     container = next(c for c in template["spec"]["containers"] if c["name"] == OPERATION_CONTAINER)
     container["args"] = [*container.get("args", []), *arguments]
     spec = {

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from kubernetes.aio.client.exceptions import ApiException
 
-from claas_operator.actions import Action, Bind, Commit, End, Fence, Lock
+from claas_operator.actions import Action, Bind, Collect, Commit, End, Fence, Forget, Lock, Rollback
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.apply import Apply, Lost
 from claas_operator.jobs import owner_references
@@ -264,5 +264,9 @@ def _details(action: Action) -> dict[str, Any]:
             return about | {"reason": action.reason}
         case Fence():
             return about | {"fault": action.fault.value}
+        case Rollback():
+            return about | {"to": action.to}
+        case Collect() | Forget():
+            return about | {"versions": len(action.versions)}
         case _:
             return about

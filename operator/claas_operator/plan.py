@@ -10,6 +10,7 @@ Reads top to bottom: one request, then who gets a worker, then adapters and Pods
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -32,7 +33,11 @@ from claas_operator.actions import (
     Retry,
     Say,
 )
-from claas_operator.adapters import create_jobs, not_permitted, permitted, plan_adapter, pods_by_job, pool_of, refuses
+from claas_operator.adapters import plan_adapter, refuses
+from claas_operator.operations import Registry, pool_of
+from claas_operator.permissions import may_read, not_permitted, permitted
+from claas_operator.references import References
+from claas_operator.retention import sweep_soon
 from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Adapter, Entry, Request, Snapshot, succeeded
 from claas_operator.workers import Fleet, Scope, backoff, fences, lost, pod_of, start_workers, survey
@@ -112,16 +117,14 @@ class _Planner:
         self._assign(fleet)
         self.then += start_workers(self.snapshot, self.settings, fleet, self.waiting, self.now, self.wake)
         self._say_no_capacity(fleet)
-        jobs, pods = create_jobs(self.snapshot), pods_by_job(self.snapshot)
+        operations = Registry(self.snapshot.jobs.values(), self.snapshot.pods.values())
+        references = functools.cache(lambda: References.of(self.snapshot))
         for adapter in self.snapshot.adapters.values():
             if adapter.uid in self.snapshot.in_flight:
                 continue
-            its_jobs = jobs.get(adapter.uid, [])
-            its_pods = [pod for job in its_jobs for pod in pods.get((job.namespace, job.name), [])]
             with self._apart(adapter):
-                self.first += plan_adapter(
-                    adapter, self.snapshot, self.settings, its_jobs, its_pods, self.now, self.wake
-                )
+                desk = operations.desk(adapter, self.snapshot, self.settings, self.now, self.wake)
+                self.first += plan_adapter(desk, references)
         self.first += fences(self.snapshot, self.settings, self.now, self.wake)
         actions = [a for a in (*self.first, *self.then, *self.last) if a.key not in self.snapshot.in_flight]
         return Plan(actions, self.wake_at, self.teacher_wanted, self.skipped)
@@ -188,7 +191,7 @@ class _Planner:
             adapter is not None
             and adapter.active != request.uid
             and adapter.status.head_seq > 0
-            and not adapter.blocked
+            and adapter.deleting is None
             and self._refusal(adapter) is None
         )
 
@@ -218,9 +221,10 @@ class _Planner:
         elif adapter.active == request.uid and adapter.status.head_seq == parent.head_seq:
             heir = self._heir(request, adapter)
             unended = frozenset(r.uid for r in self._queue(request))
-            moved = status.committed(
-                adapter, request, result.lora_uri, version_name(result.lora_uri), unended, heir, self.now
-            )
+            grace = self.settings.timings.orphan_grace_seconds
+            sweep_at = sweep_soon(adapter, grace, self.now) if request.status.attempt > 1 else None
+            name = version_name(result.lora_uri)
+            moved = status.committed(adapter, request, result.lora_uri, name, unended, heir, self.now, sweep_at)
             self.first.append(Commit(adapter=adapter, request=request, heir=heir, status=moved))
         elif adapter.status.head_seq != parent.head_seq:
             message = "the head had moved; the result was not used"
@@ -278,6 +282,8 @@ class _Planner:
         self, request: Request, adapter: Adapter | None, is_first: bool, reason: str, message: str, at: datetime | None
     ) -> None:
         """The attempt failed at `at` in a way that another one may mend; None: its worker was lost, just now."""
+        if self._goes_with(adapter, request, lost=at is None):
+            return
         attempt = request.status.attempt
         excused = False
         if at is not None:
@@ -302,6 +308,16 @@ class _Planner:
             return
         why = _TEACHER_IS_BACK if excused else message
         self._want(request, adapter, is_first, attempt=attempt + 1, retry=True, lost=at is None, since=at, why=why)
+
+    def _goes_with(self, adapter: Adapter | None, request: Request, *, lost: bool) -> bool:
+        """Ends a request that holds an adapter which is being deleted, and that no worker is running.
+
+        A deletion with `deletionPolicy: Delete` waits for the lock; what is not running might never give it back.
+        """
+        if adapter is None or adapter.deleting is None or adapter.active != request.uid:
+            return False
+        self._end(request, Reason.ADAPTER_GONE, describe(Reason.DELETING), lost=lost)
+        return True
 
     def _outlasted_the_teacher(self, request: Request) -> bool:
         """Whether its status says that the teacher was down after the attempt had failed, whatever it waits for now."""
@@ -334,14 +350,18 @@ class _Planner:
                 return
             refusal = self._refusal(adapter)
             pool = pool_of(adapter, self.settings)
+        refusal = refusal or self._refuses_payload(request)
         if refusal is not None and refusal[0] in _LASTING:
             self._end(request, *refusal, lost=lost)
             return
         if adapter is not None:
-            if adapter.blocked or adapter.status.head_seq == 0 or refusal is not None:
+            if self._goes_with(adapter, request, lost=lost):
+                return
+            if adapter.deleting or adapter.status.head_seq == 0 or refusal is not None:
                 self._say(request, Reason.ADAPTER_NOT_READY, self._unready(adapter))
                 return
-            if adapter.active != request.uid and (adapter.active or not is_first):
+            # A rollback waits until nothing holds the adapter: what holds it goes on, and nothing new begins.
+            if adapter.active != request.uid and (adapter.active or not is_first or adapter.rollback):
                 self._say(request, Reason.ADAPTER_BUSY, describe(Reason.ADAPTER_BUSY))
                 return
             if adapter.active == request.uid and adapter.active_since:
@@ -355,9 +375,7 @@ class _Planner:
         """Why nothing can run on the adapter, however long it waits; None when something can."""
         if adapter.uid not in self.refusals:
             self.refusals[adapter.uid] = refuses(adapter, self.settings)
-        refusal = self.refusals[adapter.uid]
-        # What only stands against a first version does not matter to an adapter that has one.
-        return None if refusal and refusal[0] is Reason.CREATE_FAILED and adapter.status.head_seq else refusal
+        return self.refusals[adapter.uid]
 
     def _refuses_bare(self, request: Request) -> tuple[Reason, str] | None:
         pool_name = request.pool or self.settings.default_pool
@@ -373,9 +391,15 @@ class _Planner:
             return Reason.STORAGE_DENIED, not_permitted("spec.loraUri", self.settings, request.namespace)
         return None
 
+    def _refuses_payload(self, request: Request) -> tuple[Reason, str] | None:
+        """A Shared pool's workers could read everybody's objects: only the operator stands between."""
+        if not request.payload_uri or may_read(request.payload_uri, self.settings, request.namespace):
+            return None
+        return Reason.STORAGE_DENIED, not_permitted("spec.payloadRef.uri", self.settings, request.namespace)
+
     def _unready(self, adapter: Adapter) -> str:
-        if adapter.blocked:
-            return "the adapter is being deleted"
+        if adapter.deleting:
+            return describe(Reason.DELETING)
         ready = adapter.condition(ConditionType.READY)
         if adapter.status.head_seq == 0 and ready is not None and ready.reason != Reason.CREATING:
             return f"the adapter has no version: {ready.reason}: {ready.message}"

@@ -5,6 +5,7 @@ The chart renders it into a ConfigMap; an error names the key and is seen at sta
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -56,9 +57,13 @@ class Prefix(_Part):
 
 
 class Storage(_Part):
-    """The prefixes of every namespace; a namespace that no entry names has none."""
+    """The prefixes of every namespace; a namespace that no entry names has none.
+
+    `fork_prefixes` are read only: what lies there, another namespace's versions say, may be `spec.initFrom`.
+    """
 
     prefixes: tuple[Prefix, ...] = ()
+    fork_prefixes: tuple[Prefix, ...] = ()
 
 
 class Teacher(_Part):
@@ -80,11 +85,19 @@ class Pool(_Part):
     start_limit_seconds: float = Field(900, gt=0, description="From the Pod's start to its Lease saying Ready.")
     batch: int = Field(1, ge=1, description="Requests bound to one worker at a time.")
     template: dict[str, Any] = Field(description="PodTemplateSpec with a container named worker.")
+    operation_template: dict[str, Any] | None = Field(
+        None, description="operations.template of this pool's adapters: with isolation Namespace, as the tenant."
+    )
 
     @field_validator("template")
     @classmethod
     def _has_worker(cls, template: dict[str, Any]) -> dict[str, Any]:
         return _with_container(template, WORKER_CONTAINER)
+
+    @field_validator("operation_template")
+    @classmethod
+    def _has_operation(cls, template: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if template is None else _with_container(template, OPERATION_CONTAINER)
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -125,6 +138,18 @@ class Timings(_Part):
     fence_grace_seconds: float = Field(30, gt=0, description="A worker may run an ended request for so long.")
     reason_delay_seconds: float = Field(2, ge=0, description="Waits shorter than this are not written to status.")
     worker_ttl_seconds: int = Field(600, ge=0, description="A finished worker Job stays for so long.")
+    deletion_limit_seconds: float = Field(
+        900, gt=0, description="A deleted adapter goes after so long, even if its versions are still in the store."
+    )
+    collect_delay_seconds: float = Field(
+        60, ge=0, description="Versions beyond retention go when the head has not moved for so long, or many wait."
+    )
+    sweep_seconds: float = Field(
+        86_400, ge=0, description="How often an adapter's folder is searched for orphans; 0: never."
+    )
+    orphan_grace_seconds: int = Field(
+        86_400, ge=1, description="An upload without a manifest, or a version nobody names, may be so old."
+    )
 
 
 class Settings(_Part):
@@ -163,11 +188,11 @@ class Settings(_Part):
 
     def prefixes(self, namespace: str) -> list[str]:
         """The storage prefixes of `namespace`."""
-        return [
-            prefix.uri.replace("{namespace}", namespace)
-            for prefix in self.storage.prefixes
-            if prefix.namespace in ("*", namespace)
-        ]
+        return _of(self.storage.prefixes, namespace)
+
+    def fork_prefixes(self, namespace: str) -> list[str]:
+        """Where `namespace` may start adapters from, besides its own prefixes."""
+        return _of(self.storage.fork_prefixes, namespace)
 
 
 def load(path: Path) -> Settings:
@@ -186,6 +211,10 @@ def load(path: Path) -> Settings:
             f"{'.'.join(map(str, p['loc'])) or 'the file'}: {p['msg']}" for p in error.errors(include_input=False)
         )
         raise SettingsError(f"{path}: " + "; ".join(problems)) from error
+
+
+def _of(prefixes: Iterable[Prefix], namespace: str) -> list[str]:
+    return [prefix.uri.replace("{namespace}", namespace) for prefix in prefixes if prefix.namespace in ("*", namespace)]
 
 
 def _with_container(template: dict[str, Any], name: str) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class Request(Entry):
 
     adapter_name: str  # empty: a bare loraUri
     lora_uri: str
+    payload_uri: str  # empty: the samples are inline
     base_model: str
     pool: str
     needs_teacher: bool
@@ -144,9 +145,12 @@ class Adapter(Entry):
 
     spec: LoraAdapterSpec | None  # None: see `problem`
     problem: str
+    init_from: str  # spec.initFrom.uri, also of a spec that does not validate: what it names is never collected
     status: LoraAdapterStatus
     active_since: datetime | None
+    sweep_at: datetime | None
     committed: frozenset[str]  # uids of requests in its history
+    finalizers: tuple[str, ...]
 
     @property
     def active(self) -> str:
@@ -154,9 +158,24 @@ class Adapter(Entry):
         return self.status.active.request_uid if self.status.active else ""
 
     @property
+    def rollback(self) -> str:
+        """The version that spec.rollbackTo asks for and that was not answered yet; empty when there is none.
+
+        Once per change of the field, not per generation: another field's change must never move a head back.
+        """
+        asked = self.spec.rollback_to if self.spec else None
+        answered = asked == self.status.rollback_answered or self.generation <= self.status.rolled_back_generation
+        return asked if asked and self.status.head_seq and not answered else ""
+
+    @property
     def blocked(self) -> bool:
-        """Whether nothing new may lock it: a deletion waits. (A rollback that waits will be another such case.)"""
-        return self.deleting is not None
+        """Whether nothing new may lock it: a deletion or a rollback waits."""
+        return self.deleting is not None or self.rollback != ""
+
+    @property
+    def held_back(self) -> bool:
+        """Whether it holds our finalizer: its versions are deleted before it goes."""
+        return names.FINALIZER in self.finalizers
 
     def condition(self, kind: ConditionType) -> Condition | None:
         """Its condition of that type."""
@@ -468,8 +487,8 @@ def _request(raw: Raw, common: dict[str, Any], now: datetime, known: Request | N
 
 
 _SPEC_FIELDS = (
-    *("adapter_name", "lora_uri", "base_model", "pool", "needs_teacher", "priority", "backoff_limit", "deadline"),
-    *("ttl", "cancel", "problem"),
+    *("adapter_name", "lora_uri", "payload_uri", "base_model", "pool", "needs_teacher", "priority"),
+    *("backoff_limit", "deadline", "ttl", "cancel", "problem"),
 )
 
 
@@ -491,6 +510,7 @@ def _request_spec(raw: object) -> dict[str, Any]:
     return {
         "adapter_name": adapter_name,
         "lora_uri": spec.lora_uri or "",
+        "payload_uri": spec.payload_ref.uri if spec.payload_ref else "",
         "base_model": spec.base_model or "",
         "pool": spec.pool or "",
         "needs_teacher": spec.teacher.mode == "Server",
@@ -515,9 +535,23 @@ def _adapter(raw: Raw, common: dict[str, Any]) -> Adapter:
         spec = LoraAdapterSpec.model_validate(raw.get("spec"))
     except ValidationError as error:
         problem = explain(error)
-    since = parse_time(status.active.since) if status.active else None
-    committed = frozenset(entry.request_uid for entry in status.history if entry.request_uid)
-    return Adapter(**common, spec=spec, problem=problem, status=status, active_since=since, committed=committed)
+    return Adapter(
+        **common,
+        spec=spec,
+        problem=problem,
+        init_from=_init_from(raw.get("spec")),
+        status=status,
+        active_since=parse_time(status.active.since) if status.active else None,
+        sweep_at=parse_time(status.sweep_at),
+        committed=frozenset(entry.request_uid for entry in status.history if entry.request_uid),
+        finalizers=tuple(_text(finalizer) for finalizer in raw["metadata"].get("finalizers") or ()),
+    )
+
+
+def _init_from(spec: object) -> str:
+    source = spec.get("initFrom") if isinstance(spec, Mapping) else None
+    uri = source.get("uri") if isinstance(source, Mapping) else None
+    return uri if isinstance(uri, str) else ""
 
 
 def _pod(raw: Raw, common: dict[str, Any], component: str, pool: str, job: str) -> Pod:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from claas_crds.adapter import ActiveRequest, HistoryEntry
 from claas_crds.model import MAX_MESSAGE, Condition
-from claas_crds.reasons import ConditionType, Outcome, Reason, describe
+from claas_crds.reasons import Cause, ConditionType, Outcome, Reason, describe
 from claas_crds.request import Parent, Timings
 from claas_operator.snapshot import Adapter, Request, format_time
 
@@ -24,6 +24,8 @@ Change = tuple[ConditionType, bool, str, str]
 
 # Moves of the head that stay listed, besides those that retention keeps and those whose request has not ended.
 HISTORY_ENTRIES: Final = 100
+# Versions beyond retention that may be waiting for their collection: they must not be forgotten before it.
+SURPLUS_VERSIONS: Final = 50
 
 
 def conditions(old: Sequence[Condition], generation: int, now: datetime, changes: Iterable[Change]) -> list[Condition]:
@@ -181,45 +183,139 @@ def committed(
     keep: frozenset[str],
     heir: Request | None,
     now: datetime,
+    sweep_at: datetime | None = None,
 ) -> Patch:
     """The head moves to `uri`; the lock goes to `heir`, or is cleared.
 
     Args:
         keep: uids of requests that have not ended: their entries stay until they are Complete.
+        sweep_at: when to look for what lost attempts left behind, if that has changed.
     """
-    seq = adapter.status.head_seq + 1
-    entry = HistoryEntry(seq=seq, version=version, uri=uri, request_uid=request.uid, at=format_time(now))
-    before = adapter.status.history
-    retained = max(HISTORY_ENTRIES, adapter.spec.retention.keep_last if adapter.spec else 0)
-    cut = max(0, len(before) + 1 - retained)
-    history = [old for i, old in enumerate(before) if i >= cut or old.request_uid in keep] + [entry]
     result = request.result
     tokens = result.metadata.tokens_processed if result and result.metadata else 0
     active, change = _lock(heir, now) if heir else (None, _IDLE)
+    totals = {"steps": adapter.status.totals.steps + 1, "tokens": adapter.status.totals.tokens + tokens}
+    moved = _moved(adapter, uri, version, Cause.TRAINED, keep, now, [change], request_uid=request.uid)
+    swept = {"sweepAt": format_time(sweep_at)} if sweep_at else {}
+    return moved | swept | {"active": active, "totals": totals}
+
+
+def created(adapter: Adapter, uri: str, version: str, origin: str, now: datetime) -> Patch:
+    """The adapter has its first version, made from the one at `origin` if that is not empty."""
+    came = origin.rstrip("/") == uri.rstrip("/")
+    cause = Cause.CREATED if not origin else Cause.ADOPTED if came else Cause.FORKED
+    return _moved(adapter, uri, version, cause, frozenset(), now, [_IDLE], origin=origin)
+
+
+def rolled_back(adapter: Adapter, to: HistoryEntry, keep: frozenset[str], now: datetime) -> Patch:
+    """The version of an old entry is the head again. History says so; nothing is rewritten."""
+    message = f"version {to.version} is the head again"
+    answered = {"rolledBackGeneration": adapter.generation, "rollbackAnswered": to.version}
+    change = (ConditionType.ROLLED_BACK, True, Reason.ROLLED_BACK, message)
+    if to.version == adapter.status.version:  # it is the head: there is nothing to move
+        return _adapter(adapter, now, [change]) | answered
+    return _moved(adapter, to.uri, to.version, Cause.ROLLED_BACK, keep, now, [_IDLE, change]) | answered
+
+
+def rollback_refused(adapter: Adapter, reason: Reason, message: str, now: datetime) -> Patch:
+    """spec.rollbackTo names nothing that the head could go back to; said once, and never looked at again."""
+    asked = adapter.spec.rollback_to if adapter.spec else None
+    change = (ConditionType.ROLLED_BACK, False, reason, message)
+    return _adapter(adapter, now, [change]) | {"rollbackAnswered": asked or ""}
+
+
+def rollback_waits(adapter: Adapter, message: str, now: datetime) -> Patch:
+    """Something holds the adapter: the rollback waits for it."""
+    return _adapter(adapter, now, [(ConditionType.ROLLED_BACK, False, Reason.ADAPTER_BUSY, message)])
+
+
+def rollback_forgotten(adapter: Adapter, now: datetime) -> Patch:
+    """spec.rollbackTo was removed: the same version may be asked for again."""
+    return _adapter(adapter, now, []) | {"rollbackAnswered": ""}
+
+
+def collecting(adapter: Adapter, versions: Sequence[str], now: datetime) -> Patch:
+    """Versions beyond retention begin to go."""
+    names = [*adapter.status.collecting, *versions]
+    return collection_waits(adapter, describe(Reason.COLLECTING), now) | {"collecting": names}
+
+
+def collection_waits(adapter: Adapter, message: str, now: datetime) -> Patch:
+    """Versions beyond retention are still there, and why."""
+    return _adapter(adapter, now, [(ConditionType.COLLECTED, False, Reason.COLLECTING, message)])
+
+
+def forgotten(adapter: Adapter, versions: Sequence[str], message: str, now: datetime) -> Patch:
+    """Versions are gone, and with them every entry that names them."""
+    left = [name for name in adapter.status.collecting if name not in versions]
+    change: Change = (ConditionType.COLLECTED, True, Reason.COLLECTED, message)
+    if left:
+        change = (ConditionType.COLLECTED, False, Reason.COLLECTING, describe(Reason.COLLECTING))
+    history = [entry for entry in adapter.status.history if entry.version not in versions]
+    return _adapter(adapter, now, [change]) | {"collecting": left, "history": [json(entry) for entry in history]}
+
+
+def given_back(adapter: Adapter, versions: Sequence[str], now: datetime) -> Patch:
+    """Versions that turned out to be needed stay."""
+    left = [name for name in adapter.status.collecting if name not in versions]
+    message = f"{len(versions)} versions stay: another adapter or request needs them"
+    change = (ConditionType.COLLECTED, not left, Reason.COLLECTING if left else Reason.COLLECTED, message)
+    return _adapter(adapter, now, [change]) | {"collecting": left}
+
+
+def swept(adapter: Adapter, again_at: datetime, now: datetime) -> Patch:
+    """Orphans were looked for."""
+    return _adapter(adapter, now, []) | {"sweepAt": format_time(again_at)}
+
+
+def ready(adapter: Adapter, now: datetime) -> Patch:
+    """What stood against training the head does not any more; the whole spec is answered."""
+    change = (ConditionType.READY, True, Reason.CREATED, f"version {adapter.status.version} is the head")
+    return _adapter(adapter, now, [change])
+
+
+def _moved(
+    adapter: Adapter,
+    uri: str,
+    version: str,
+    cause: Cause,
+    keep: frozenset[str],
+    now: datetime,
+    changes: Iterable[Change],
+    *,
+    request_uid: str = "",
+    origin: str = "",
+) -> Patch:
+    """The head is the version at `uri`, by one more move."""
+    seq = adapter.status.head_seq + 1
+    entry = HistoryEntry(
+        seq=seq, version=version, uri=uri, request_uid=request_uid, at=format_time(now), cause=cause, origin=origin
+    )
     ready = (ConditionType.READY, True, Reason.CREATED, f"version {version} is the head")
-    return _adapter(adapter, now, [ready, change]) | {
+    return _adapter(adapter, now, [ready, *changes]) | {
         "uri": uri,
         "version": version,
         "headSeq": seq,
-        "history": [json(item) for item in history],
-        "active": active,
-        "totals": {
-            "steps": adapter.status.totals.steps + 1,
-            "tokens": adapter.status.totals.tokens + tokens,
-        },
+        "history": [json(item) for item in _bounded(adapter, keep, entry)],
     }
 
 
-def created(adapter: Adapter, uri: str, version: str, now: datetime) -> Patch:
-    """The adapter has its first version."""
-    entry = HistoryEntry(seq=1, version=version, uri=uri, request_uid="", at=format_time(now))
-    ready = (ConditionType.READY, True, Reason.CREATED, f"version {version} is the head")
-    return _adapter(adapter, now, [ready, _IDLE]) | {
-        "uri": uri,
-        "version": version,
-        "headSeq": 1,
-        "history": [json(entry)],
-    }
+def _bounded(adapter: Adapter, keep: frozenset[str], entry: HistoryEntry) -> list[HistoryEntry]:
+    """The history with `entry`. What is too long loses first the older moves of versions that were moved to again.
+
+    Args:
+        keep: uids of requests whose entries stay.
+    """
+    keep_last = adapter.spec.retention.keep_last if adapter.spec else 0
+    retained = max(HISTORY_ENTRIES, keep_last + SURPLUS_VERSIONS + len(adapter.status.collecting))
+    before = list(adapter.status.history)
+    over = len(before) + 1 - retained
+    if over > 0:
+        last = {old.version: old.seq for old in [*before, entry]}
+        again = [old for old in before if last[old.version] != old.seq and old.request_uid not in keep][:over]
+        before = [old for old in before if old not in again]
+    cut = max(0, len(before) + 1 - retained)
+    return [old for i, old in enumerate(before) if i >= cut or old.request_uid in keep] + [entry]
 
 
 def not_ready(adapter: Adapter, reason: Reason, message: str, now: datetime) -> Patch:
@@ -229,9 +325,14 @@ def not_ready(adapter: Adapter, reason: Reason, message: str, now: datetime) -> 
 
 def unready_as(adapter: Adapter, reason: Reason, message: str) -> bool:
     """Whether its status says already that it is not ready for this reason."""
-    ready = adapter.condition(ConditionType.READY)
+    return adapter_says(adapter, ConditionType.READY, reason, message)
+
+
+def adapter_says(adapter: Adapter, kind: ConditionType, reason: Reason, message: str) -> bool:
+    """Whether its status says already that a condition does not hold, for this reason."""
+    found = adapter.condition(kind)
     return (
-        ready is not None
-        and (ready.status, ready.reason, ready.message) == ("False", reason, clip(message))
+        found is not None
+        and (found.status, found.reason, found.message) == ("False", reason, clip(message))
         and adapter.status.observed_generation == adapter.generation
     )

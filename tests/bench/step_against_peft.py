@@ -106,7 +106,7 @@ def plain_peft(
     question = Question(context, Context(rendered.prefix_teacher_ids, rendered.response_ids))
     version = read_version(uri)
     adapter = student.bank.add(uri, version.config, version.tensors)
-    (scored,) = Scorer(student, None).self([question], [adapter], [100])
+    (scored,) = Scorer(student, None).self([question], [adapter], [100], [0.0])
     student.bank.remove(uri)
     ids = torch.tensor([[*context.prefix_ids, *context.response_ids][:-1]])
     response = torch.tensor(rendered.response_ids)

@@ -83,7 +83,13 @@ def pod_templates(objects: list[Object]) -> dict[str, Object]:
     workloads = [o for o in objects if o["kind"] in ("Deployment", "Job")]
     found = {f"{o['kind']} {o['metadata']['name']}": o["spec"]["template"] for o in workloads}
     settings = settings_of(objects)
+    found |= {f"Pod {o['metadata']['name']}": o for o in objects if o["kind"] == "Pod"}
     found |= {f"pool {pool['name']}": pool["template"] for pool in settings["pools"]}
+    found |= {
+        f"operations of pool {pool['name']}": pool["operationTemplate"]
+        for pool in settings["pools"]
+        if "operationTemplate" in pool
+    }
     return found | {"operations": settings["operations"]["template"]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -65,13 +66,14 @@ def namespace(kubectl: Kubectl) -> Iterator[str]:
     kubectl.helm("install", RELEASE, str(CHART), "--namespace", name, *VALUES)
     yield name
     if json.loads(kubectl.helm("list", "--namespace", name, "-o", "json")):
-        kubectl.helm("uninstall", RELEASE, "--namespace", name)
+        kubectl.helm("uninstall", RELEASE, "--namespace", name, "--no-hooks")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_api_server_accepts_every_object(kubectl: Kubectl, helm: Helm, variant: str) -> None:
     """Definitions included, each field known (strict validation)."""
     namespace = restricted_namespace(kubectl)
+    kubectl("create", "serviceaccount", "dry-operator", "-n", namespace)  # the hook is a Pod: it needs its own at once
     text = helm.run("template", "dry", str(CHART), "--namespace", namespace, *VARIANTS[variant]).stdout
     dry = ("--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict")
     accepted = kubectl("apply", *dry, "-n", namespace, "-f", "-", stdin=text)
@@ -334,6 +336,17 @@ def test_editors_of_a_namespace_may_ask_for_steps_and_not_write_status(kubectl: 
     assert not can("view", "create", "distillrequests")
 
 
+def play_the_hook(kubectl: Kubectl, namespace: str) -> None:
+    """There is no kubelet: the Pod that Helm waits for ends by our hand."""
+    name = f"{RELEASE}-uninstall"
+    (pod,) = until(
+        "the hook", lambda: kubectl.get("pods", "-n", namespace, "--field-selector", f"metadata.name={name}")
+    )
+    assert pod["spec"]["containers"][0]["command"] == ["python3", "-m", "claas_operator.release"]
+    status = {"status": {"phase": "Succeeded"}}
+    kubectl("patch", "pod", name, "-n", namespace, "--subresource=status", "--type=merge", "-p", json.dumps(status))
+
+
 def test_nothing_but_data_outlives_an_uninstall(kubectl: Kubectl, namespace: str, workers: list[Worker]) -> None:
     """A worker's Job goes with the operator's Deployment, which owns it. The last test here: it ends the release."""
     deployment = kubectl.get("deployment", f"{RELEASE}-operator", "-n", namespace)
@@ -350,7 +363,10 @@ def test_nothing_but_data_outlives_an_uninstall(kubectl: Kubectl, namespace: str
     for worker in workers:
         kubectl("delete", "pod", worker.name, "-n", namespace, "--grace-period=0", "--force")
 
+    hook = threading.Thread(target=play_the_hook, args=(kubectl, namespace))
+    hook.start()
     kubectl.helm("uninstall", RELEASE, "--namespace", namespace)
+    hook.join()
     workloads = "deployments,replicasets,jobs,pods,services,poddisruptionbudgets,networkpolicies"
     kinds = f"{workloads},configmaps,secrets,serviceaccounts,roles,rolebindings"
     ours = f"app.kubernetes.io/instance={RELEASE}"

@@ -72,7 +72,7 @@ def test_only_operator_shim_and_workers_have_a_token(rendered: list[Object]) -> 
         if template["spec"].get("automountServiceAccountToken", True)
     }
     pools = {name for name in pod_templates(rendered) if name.startswith("pool ")}
-    assert with_token == {"Deployment claas-operator", "Deployment claas-shim"} | pools
+    assert with_token == {"Deployment claas-operator", "Deployment claas-shim", "Pod claas-uninstall"} | pools
     bound = {
         subject["name"]
         for o in rendered
@@ -186,6 +186,44 @@ def test_the_embedded_store_is_the_one_that_workers_use(helm: Helm) -> None:
             assert secret["data"][key]
 
 
+STORE_USERS = ("pool l40s", "operations", "Deployment claas-operator")
+
+
+def test_the_store_is_the_same_for_all_that_use_it(helm: Helm) -> None:
+    """Workers, operations, the operator and the fetch of a model: endpoint, addressing and encryption as given."""
+    given = "storage.endpoint=https://minio.example.com,storage.region=eu-central-1,storage.addressing=virtual"
+    kms = "storage.encryption.mode=aws:kms,storage.encryption.kmsKeyId=arn:aws:kms:eu-central-1:1:key/k"
+    objects = helm.render("--set", f"{given},{kms},storage.credentials.existingSecret=mine")
+    (fetch,) = [o["metadata"]["name"] for o in objects if o["kind"] == "Job" and "fetch-model" in o["metadata"]["name"]]
+    for name in (*STORE_USERS, f"Job {fetch}"):
+        variables = environment(pod_templates(objects)[name]["spec"]["containers"][0])
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            assert variables.pop(key)["secretKeyRef"] == {"name": "mine", "key": key}, name
+        assert {key: value for key, value in variables.items() if key.startswith(("AWS_", "CLAAS_S3_"))} == {
+            "AWS_ENDPOINT_URL_S3": "https://minio.example.com",
+            "AWS_REGION": "eu-central-1",
+            "CLAAS_S3_ADDRESSING": "virtual",
+            "CLAAS_S3_ENCRYPTION": "aws:kms",
+            "CLAAS_S3_KMS_KEY_ID": "arn:aws:kms:eu-central-1:1:key/k",
+        }, name
+
+
+def test_what_the_chart_says_of_the_store_the_store_understands(helm: Helm) -> None:
+    from claas_store.s3 import S3Store
+
+    for given in ("", "storage.addressing=path", "storage.encryption.mode=AES256", "storage.encryption.mode=aws:kms"):
+        objects = helm.render("--set", given)
+        variables = environment(pod_templates(objects)["operations"]["spec"]["containers"][0])
+        S3Store({key: value for key, value in variables.items() if isinstance(value, str)})
+    assert "CLAAS_S3_ENCRYPTION" in variables
+
+
+def test_by_default_the_store_says_nothing_of_addressing_and_encryption(helm: Helm) -> None:
+    for name in STORE_USERS:
+        variables = environment(pod_templates(helm.render())[name]["spec"]["containers"][0])
+        assert not [key for key in variables if key.startswith("CLAAS_S3_")], name
+
+
 def test_credentials_appear_in_the_secret_alone(helm: Helm) -> None:
     given = "storage.credentials.accessKeyId=MYKEY,storage.credentials.secretAccessKey=MYSECRET"
     for o in helm.render("--set", given):
@@ -228,8 +266,40 @@ def test_workers_of_a_tenant_use_the_tenants_own(helm: Helm) -> None:
     (model,) = [v for v in spec["volumes"] if v["name"] == "model"]
     assert model["persistentVolumeClaim"]["claimName"] == "their-model"
     assert environment(spec["containers"][0])["AWS_ACCESS_KEY_ID"]["secretKeyRef"]["name"] == "their-secret"
+    operations = pod_templates(objects)["operations of pool own"]["spec"]
+    assert (operations["serviceAccountName"], operations["automountServiceAccountToken"]) == ("their-account", False)
+    (model,) = [v for v in operations["volumes"] if v["name"] == "model"]
+    assert model["persistentVolumeClaim"]["claimName"] == "their-model"
+    assert environment(operations["containers"][0])["AWS_ACCESS_KEY_ID"]["secretKeyRef"]["name"] == "their-secret"
     assert _may_create_jobs_anywhere(objects)
     assert not _may_create_jobs_anywhere(helm.render())
+
+
+def test_an_uninstall_first_takes_the_finalizers_off(helm: Helm) -> None:
+    objects = helm.render()
+    hook = only(objects, "Pod")
+    assert hook["metadata"]["annotations"]["helm.sh/hook"] == "pre-delete"
+    assert "hook-succeeded" in hook["metadata"]["annotations"]["helm.sh/hook-delete-policy"]
+    assert hook["spec"]["activeDeadlineSeconds"] > 0
+    operator = only(objects, "Deployment", "claas-operator")
+    arguments = dict(argument.split("=", 1) for argument in hook["spec"]["containers"][0]["args"])
+    assert arguments["--deployment"] == operator["metadata"]["name"]
+    selected = dict(pair.split("=") for pair in arguments["--selector"].split(","))
+    assert selected.items() <= operator["spec"]["template"]["metadata"]["labels"].items()
+    assert not selected.items() <= hook["metadata"]["labels"].items(), "it would wait for itself"
+    rules = only(objects, "Role", "claas-operator")["rules"]
+    assert any(rule["resources"] == ["deployments/scale"] and rule["verbs"] == ["patch"] for rule in rules)
+    without = helm.render("--set", "operator.releaseOnUninstall=false")
+    assert not [o for o in without if o["kind"] == "Pod"]
+    assert not any("deployments/scale" in str(o) for o in without if o["kind"] == "Role")
+
+
+def test_a_namespace_may_fork_what_the_values_open_to_it(helm: Helm) -> None:
+    given = '[{"namespace": "bob", "uri": "s3://adapters/alice/"}, {"namespace": "*", "uri": "s3://public/loras/"}]'
+    settings = Settings.model_validate(settings_of(helm.render("--set-json", f"storage.forkPrefixes={given}")))
+    assert settings.fork_prefixes("bob") == ["s3://adapters/alice/", "s3://public/loras/"]
+    assert settings.fork_prefixes("eve") == ["s3://public/loras/"]
+    assert settings.prefixes("bob") == ["s3://adapters/bob/"]
 
 
 def _may_create_jobs_anywhere(objects: list[Object]) -> bool:

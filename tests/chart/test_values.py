@@ -28,6 +28,18 @@ from chart.rendering import CHART, Helm
         ("operator.timings.leaseSeconds=0", ["/operator/timings/leaseSeconds"]),
         ("storage.prefixes[0].uri=adapters,storage.prefixes[0].namespace=a", ["/storage/prefixes/0/uri"]),
         ("storage.prefixes[0].uri=file:///data/,storage.prefixes[0].namespace=a", ["storage.fileRoots"]),
+        (
+            "storage.prefixes[0].uri=file:///data2/,storage.prefixes[0].namespace=a,storage.fileRoots[0]=/data",
+            ["storage.prefixes[0].uri", "storage.fileRoots"],  # a prefix of whose name is a root's is not below it
+        ),
+        ("storage.fileRoots[0]=/data/../etc", ["storage.fileRoots[0]", "'..' segment"]),
+        ("storage.fileRoots[0]=data", ["/storage/fileRoots/0"]),
+        ("storage.fileRoots[0]=/a:/etc", ["/storage/fileRoots/0"]),
+        ("storage.prefixes[0].uri=s3://adapters/../other/,storage.prefixes[0].namespace=a", ["'..' segment"]),
+        ("storage.addressing=dns", ["/storage/addressing", "'auto', 'path', 'virtual'"]),
+        ("storage.encryption.mode=AES", ["/storage/encryption/mode"]),
+        ("storage.encryption.kmsKeyId=k", ["storage.encryption.kmsKeyId needs mode aws:kms"]),
+        ("storage.encryption.mode=AES256,storage.encryption.kmsKeyId=k", ["needs mode aws:kms"]),
         ("storage.credentials.accessKeyId=a", ["accessKeyId and secretAccessKey go together"]),
         (
             "storage.credentials.existingSecret=s,storage.credentials.accessKeyId=a,storage.credentials.secretAccessKey=b",

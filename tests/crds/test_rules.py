@@ -213,6 +213,11 @@ REFUSED_REQUESTS: dict[str, tuple[Json, list[str], list[str]]] = {
         ["spec.samples[1].teacherLogprobs: Required value"],
         ["spec.teacher.mode Provided needs teacherLogprobs in every one of spec.samples"],
     ),
+    "contrast with a teacher that is not the student": (
+        request(teacher={"mode": "Server", "contrast": 1}),
+        ["spec.teacher.contrast", "spec.teacher.contrast needs spec.teacher.mode Self: leave it out"],
+        ["spec.teacher.contrast needs spec.teacher.mode Self: leave it out"],
+    ),
     "one long text": (
         request(samples=[sample(feedback="x" * (MAX_INLINE_BYTES + 1))]),
         ["spec.samples[0].feedback: Too long: may not be more than 16384 bytes"],

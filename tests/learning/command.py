@@ -1,7 +1,8 @@
-"""`python -m learning survey|run|plot|verdict`: the whole experiment, in as many processes as the machine bears; JSON.
+"""`python -m learning survey|bearing|run|plot|verdict`: the experiment, in as many processes as wanted; JSON.
 
-`run` takes lists for preferences, arms and seeds, and settings as often as wanted, and runs every combination. `plot`
-draws what it wrote; `verdict` says what of oracle 14 it does not show, and fails if there is any.
+`bearing` says which preference's words bring out which other preference (its kin). `run` takes lists for preferences,
+arms and seeds, and settings as often as wanted, and runs every combination. `plot` draws what it wrote; `verdict` says
+what of oracle 14 it does not show, and fails if there is any.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from learning.experiment import Settings, World, falls, run_trial
 from learning.plots import plot
 from learning.preferences import BY_NAME
-from learning.survey import WORDINGS, survey, wording
+from learning.survey import WORDINGS, bearing, kin, survey, wording
 
 DEFAULTS = dataclasses.asdict(Settings())
 _world: World | None = None
@@ -45,6 +46,11 @@ def _start(folder: str, device: str, threads: int) -> None:
 def _survey(name: str, settings: Settings, wordings: list[str]) -> dict[str, Any]:
     assert _world is not None
     return survey(_world, BY_NAME[name], settings, wordings)
+
+
+def _bearing(name: str | None, settings: Settings) -> dict[str, Any]:
+    assert _world is not None
+    return bearing(_world, BY_NAME[name] if name else None, settings)
 
 
 def _trial(name: str, arm: Any, seed: int, settings: Settings) -> dict[str, Any]:
@@ -93,6 +99,8 @@ def ends(by_step: Mapping[Any, Any]) -> tuple[Any, Any]:
 
 def line(record: dict[str, Any]) -> str:
     """A trial in one line."""
+    if "shares" in record:
+        return f"{record['words']:10} " + " ".join(f"{name}={value:.2f}" for name, value in record["shares"].items())
     if "arm" not in record:
         return " ".join(f"{key}={value:.2f}" if isinstance(value, float) else value for key, value in record.items())
     fell, trained = falls(record)
@@ -109,7 +117,7 @@ def line(record: dict[str, Any]) -> str:
 def main() -> None:
     """Parses, runs, prints a line for each result as it comes, writes them all."""
     parser = argparse.ArgumentParser(prog="python -m learning", description=__doc__)
-    parser.add_argument("what", choices=["survey", "run", "plot", "verdict"])
+    parser.add_argument("what", choices=["survey", "bearing", "run", "plot", "verdict"])
     parser.add_argument("--preferences", default=",".join(BY_NAME))
     parser.add_argument("--arms", default="feedback,shuffled,empty")
     parser.add_argument("--seeds", default="0,1,2")
@@ -133,6 +141,8 @@ def main() -> None:
     task: Callable[..., dict[str, Any]]
     if args.what == "survey":
         task, work = _survey, [(name, settings[0], args.wordings.split(",")) for name in names]
+    elif args.what == "bearing":
+        task, work = _bearing, [(name, settings[0]) for name in (None, *BY_NAME)]
     else:
         seeds = [int(seed) for seed in args.seeds.split(",")]
         orders = itertools.product(settings, names, args.arms.split(","), seeds)
@@ -153,3 +163,6 @@ def main() -> None:
             machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "cpu"
             about = {"device": machine, "torch": torch.__version__, "seconds": round(time.monotonic() - started, 1)}
             args.out.write_text(json.dumps({"about": about, "records": records}, indent=1))
+    if args.what == "bearing":
+        for name, others in kin(records).items():
+            print(f"{name}: kin {', '.join(others) or 'none'}")

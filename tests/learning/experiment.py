@@ -61,6 +61,7 @@ class Settings:
     temperature: float = 0.7
     max_tokens: int = 64
     wording: str = "person-1"  # of the hindsight block; see `learning.survey`
+    contrast: float | None = None  # spec.teacher.contrast; None: its default
 
 
 class RememberingScorer(Scorer):
@@ -69,9 +70,11 @@ class RememberingScorer(Scorer):
     questions: Sequence[Question]
     scored: Sequence[Scored]
 
-    def self(self, questions: Sequence[Question], adapters: Sequence[Adapter], ks: Sequence[int]) -> list[Scored]:
+    def self(
+        self, questions: Sequence[Question], adapters: Sequence[Adapter], ks: Sequence[int], contrasts: Sequence[float]
+    ) -> list[Scored]:
         """See `Scorer.self`."""
-        scored = super().self(questions, adapters, ks)
+        scored = super().self(questions, adapters, ks, contrasts)
         self.questions, self.scored = questions, scored
         return scored
 
@@ -92,9 +95,12 @@ class World:
         uri = f"file://{self.folder}/{uuid.uuid4().hex}/a/"
         return create_adapter(uri, BASE_MODEL, models.smollm2_dir(), Lora(), f"learning {seed}")
 
-    def request(self, parent: Version, samples: Sequence[dict[str, Any]], training: dict[str, Any]) -> Result:
+    def request(
+        self, parent: Version, samples: Sequence[dict[str, Any]], training: dict[str, Any], contrast: float | None
+    ) -> Result:
         """One request in mode Self."""
-        content = {"loraUri": parent.uri, "samples": samples, "training": training, "teacher": {"mode": "Self"}}
+        teacher = {"mode": "Self", "contrast": contrast}
+        content = {"loraUri": parent.uri, "samples": samples, "training": training, "teacher": teacher}
         spec = DistillRequestSpec.model_validate(content)
         job = Job(str(uuid.uuid4()), "dr", "team", CREATED, 1, Parent(uri=parent.uri, adapter_uid="a"), spec)
         return self.step(job, lambda phase: None)
@@ -171,7 +177,7 @@ def run_trial(world: World, preference: Preference, arm: Arm, seed: int, setting
             sample(prompt, answer, words(preference, arm, answer, choice))
             for prompt, answer in zip(asked, said, strict=True)
         ]
-        result = world.request(head, samples, settings.training)
+        result = world.request(head, samples, settings.training, settings.contrast)
         step: dict[str, Any] = {
             "reason": str(result.reason),
             "compliant": [preference.complies(answer) for answer in said],

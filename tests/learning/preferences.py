@@ -25,7 +25,7 @@ class Preference:
     complies: Callable[[Answer], bool]
     blame: tuple[str, ...]  # said of an answer that violates it
     praise: tuple[str, ...]  # said of one that complies
-    kin: tuple[str, ...] = ()  # preferences whose words bear on this one
+    kin: tuple[str, ...] = ()  # preferences whose words bear on this one, by meaning or by measure (`learning bearing`)
 
     def feedback(self, answer: Answer, choice: random.Random) -> str:
         """What this person says of the answer."""
@@ -69,7 +69,7 @@ PREFERENCES = (
             "Good, just one short sentence. Always answer in one short sentence.",
             "I like that it is one short sentence.",
         ),
-        kin=("prose", "commaless"),
+        kin=("prose", "commaless", "question", "upper"),
     ),
     Preference(
         "prose",
@@ -165,6 +165,7 @@ PREFERENCES = (
             'Never say "I" in an answer.',
         ),
         ("Good, you did not talk about yourself. Never do that.", 'I like that you never say "I".'),
+        kin=("brief", "commaless", "example", "lower", "simply"),
     ),
     Preference(
         "commaless",
@@ -176,6 +177,106 @@ PREFERENCES = (
         ),
         ("Good, no commas. Never use them.", "I like the short sentences without commas."),
         kin=("brief", "prose"),
+    ),
+    Preference(
+        "luck",
+        lambda answer: re.search(r"\bluck\b", answer.text, re.IGNORECASE) is not None,
+        (
+            "Wish me good luck.",
+            "You did not wish me good luck. Please do.",
+            'Please say "good luck" to me.',
+        ),
+        ("Good, you wished me good luck. Always do that.", 'I like that you say "good luck".'),
+    ),
+    Preference(
+        "thanks",
+        lambda answer: re.search(r"\bthank", answer.text, re.IGNORECASE) is not None,
+        (
+            "Thank me for my question.",
+            "You did not thank me. Please thank me.",
+            'Please say "thank you" to me.',
+        ),
+        ("Good, you thanked me. Always do that.", 'I like that you say "thank you".'),
+    ),
+    Preference(
+        "captain",
+        lambda answer: re.search(r"\bcaptain\b", answer.text, re.IGNORECASE) is not None,
+        (
+            'Call me "captain" in your answer.',
+            'Use the word "captain" when you talk to me.',
+            'Please call me "captain".',
+        ),
+        ('Good, you called me "captain". Always do that.', 'I like that you say "captain".'),
+    ),
+    Preference(
+        "sir",
+        lambda answer: re.search(r"\bsir\b", answer.text, re.IGNORECASE) is not None,
+        (
+            'Call me "sir" in your answer.',
+            'Use the word "sir" when you talk to me.',
+            'Please call me "sir".',
+        ),
+        ('Good, you called me "sir". Always do that.', 'I like that you say "sir".'),
+    ),
+    Preference(
+        "hope",
+        lambda answer: re.search(r"\bhope\b", answer.text, re.IGNORECASE) is not None,
+        (
+            "Say that you hope it helps me.",
+            'Use the word "hope" in your answer.',
+            'Please say "I hope this helps".',
+        ),
+        ('Good, you said "hope". Always do that.', 'I like that you say "hope".'),
+    ),
+    Preference(
+        "love",
+        lambda answer: re.search(r"\blove\b", answer.text, re.IGNORECASE) is not None,
+        (
+            "Say that you love my question.",
+            'Use the word "love" in your answer.',
+            "Please say that you love it.",
+        ),
+        ('Good, you said "love". Always do that.', 'I like that you say "love".'),
+    ),
+    Preference(
+        "example",
+        lambda answer: re.search(r"\bexample\b", answer.text, re.IGNORECASE) is not None,
+        (
+            "Give an example.",
+            'Use the words "for example" in your answer.',
+            "Please give me an example.",
+        ),
+        ("Good, there is an example. Always give an example.", "I like the example."),
+    ),
+    Preference(
+        "remember",
+        lambda answer: re.search(r"\bremember\b", answer.text, re.IGNORECASE) is not None,
+        (
+            'Use the word "remember" in your answer.',
+            "Tell me what I should remember.",
+            'Please use the word "remember".',
+        ),
+        ('Good, you used the word "remember". Always do that.', 'I like that you say "remember".'),
+    ),
+    Preference(
+        "happy",
+        lambda answer: re.search(r"\bhappy\b", answer.text, re.IGNORECASE) is not None,
+        (
+            "Say that you are happy to help me.",
+            'Use the word "happy" in your answer.',
+            'Please say "I am happy to help".',
+        ),
+        ('Good, you said "happy". Always do that.', 'I like that you say "happy".'),
+    ),
+    Preference(
+        "simply",
+        lambda answer: re.search(r"\bsimply\b", answer.text, re.IGNORECASE) is not None,
+        (
+            'Use the word "simply" in your answer.',
+            'Say how it is done with the word "simply".',
+            'Please use the word "simply".',
+        ),
+        ('Good, you used the word "simply". Always do that.', 'I like that you say "simply".'),
     ),
 )
 BY_NAME = {preference.name: preference for preference in PREFERENCES}

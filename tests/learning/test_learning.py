@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import models
-from learning.command import verdict
-from learning.experiment import Settings, World, run_trial, words
+from learning.command import ends, verdict
+from learning.experiment import Settings, World, falls, run_trial, words
 from learning.preferences import BY_NAME, PREFERENCES, Answer
 from learning.prompts import HELD_OUT, TRAINED
 from learning.speaker import Decoder
@@ -32,6 +32,16 @@ EXAMPLES = [  # preference, an answer that complies, one that does not
     ("because", "Because it cooks.", "It cooks."),
     ("impersonal", "It is done.", "I think it is done."),
     ("commaless", "Boil it.", "First, boil it."),
+    ("luck", "Good luck!", "Lucky you."),
+    ("thanks", "Thank you. Boil it.", "Boil it."),
+    ("captain", "Aye, Captain.", "Aye."),
+    ("sir", "Yes, sir.", "Yes, sire."),
+    ("hope", "I hope it helps.", "It is hopeless."),
+    ("love", "I love it.", "It is lovely."),
+    ("example", "For example, an egg.", "An egg."),
+    ("remember", "Remember the salt.", "Do not forget the salt."),
+    ("happy", "Happy to help.", "Happily, it boils."),
+    ("simply", "Simply boil it.", "It is simple."),
 ]
 
 
@@ -132,6 +142,23 @@ def test_without_words_there_is_nothing_to_learn(world: World) -> None:
     assert [step["reason"] for step in record["requests"]] == ["NoSignal"] * 2
     assert record["answers"][0] == record["answers"][1] == record["answers"][2]
     assert record["probes"][0] == record["probes"][2]
+
+
+@pytest.mark.timeout(600)
+def test_oracle_14_in_small_feedback_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real small model, one preference, one seed, twelve small requests. Untrained it complies in 1 answer of 24,
+    and under shuffled words it ended at none; with the words it ended at 7."""
+    monkeypatch.setenv("CLAAS_FILE_ROOTS", str(tmp_path))
+    small = Settings(
+        training={"learningRate": 4e-4}, requests=12, samples=2, judge_every=12, held_out=24, draws=1, max_tokens=32
+    )
+    record = run_trial(World(tmp_path, threads=2), BY_NAME["friend"], "feedback", 0, small)
+    start, end = ends(record["compliance"])
+    before, after = ends(record["probes"])
+    assert start <= 1 / 24
+    assert end >= 4 / 24
+    assert falls(record)[0] >= 11
+    assert after["facts"] >= 0.9 * before["facts"] and after["nll"] <= before["nll"] / 0.9
 
 
 def trial(arm: str, end: float) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A small model of the whole control plane with the real `plan` and the real `apply` in it.
 
-Hypothesis plays users, two leaders (either may be stale, or die between any two calls), the kubelet, and workers that
-die, wedge, drain, report late or go on after their Pod was taken away. After each step the invariants of
-the architecture hold; and from wherever it got, a calm world ends every request.
+Hypothesis plays users (who also roll back, delete an adapter with its versions and create it anew), the store, two
+leaders (either may be stale, or die between any two calls), the kubelet, and workers that die, wedge, drain, report
+late or go on after their Pod was taken away. After each step the invariants of the architecture hold; and from wherever
+it got, a calm world ends every request.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from claas_crds import names
 from claas_operator.actions import Action
 from claas_operator.apply import Apply, Lost
 from claas_operator.plan import plan
+from claas_operator.references import beside
 from claas_operator.snapshot import Kind, Snapshot
 from operatorkit import (
     HOME,
     NOW,
     NUMBERS,
+    PREFIX,
     MemoryApi,
     Raw,
     adapter,
@@ -43,6 +46,11 @@ from operatorkit import (
 
 TEAM = "team"
 ADAPTERS = ("coder", "writer")
+# Versions beyond these are collected, and one adapter takes its versions along when it is deleted.
+SPECS: dict[str, Raw] = {
+    "coder": {"retention": {"keepLast": 1}},
+    "writer": {"retention": {"keepLast": 2}, "deletionPolicy": "Delete"},
+}
 MAX_REQUESTS = 8
 CALM_ROUNDS = 400
 OUTCOMES = ("Succeeded", "Succeeded", "Succeeded", "NoSignal", "Failed", "Retryable")
@@ -87,10 +95,14 @@ class ControlPlaneModel(RuleBasedStateMachine):
         self.settings = settings(pool={"batch": 2, "maxWorkers": 2}, operations={"template": OPERATION})
         self.workers: dict[str, WorkerProcess] = {}
         self.made = 0  # requests, by the name of r1, r2, …
-        self.harm = {"cancel": 2, "delete": 1, "recreate": 1, "break": 4}  # else nothing is left to go wrong
+        # Else nothing is left to go wrong.
+        self.harm = {"cancel": 2, "delete": 1, "recreate": 1, "break": 4, "rollback": 2}
+        self.there = {f"{PREFIX}{name}/" for name in (*ADAPTERS, "bare")}  # versions in the store
+        self.dead: set[str] = set()  # those with a tombstone
         self.checked = 0
         self.heads: dict[str, tuple[int, str]] = {}  # adapter uid -> headSeq, uri
         self.moved_by: set[str] = set()
+        self.been: dict[str, set[str]] = {}  # adapter uid -> every head that it had
         self.parents: dict[str, str] = {}  # version -> the version that it was trained from
         self.leaders = [self.leader(), self.leader()]
 
@@ -108,8 +120,8 @@ class ControlPlaneModel(RuleBasedStateMachine):
     @initialize(begun=st.booleans())
     def adapters(self, begun: bool) -> None:
         """An empty world, or one with work on its way."""
-        self.api.add(adapter(ADAPTERS[0]))
-        self.api.add(adapter(ADAPTERS[1], head=0))
+        self.api.add(adapter(ADAPTERS[0], spec=SPECS[ADAPTERS[0]]))
+        self.api.add(adapter(ADAPTERS[1], head=0, spec=SPECS[ADAPTERS[1]]))
         if begun:
             for on in (ADAPTERS[0], ADAPTERS[0], ADAPTERS[1]):
                 self.user_creates(on, 10)
@@ -151,8 +163,30 @@ class ControlPlaneModel(RuleBasedStateMachine):
         if not self.may("recreate"):
             return
         if (Kind.ADAPTER, TEAM, name) in self.api.objects:
-            self.api.drop(Kind.ADAPTER, TEAM, name)
-        self.api.add(adapter(name, head=int(ready), uid=f"uid-{name}-{self.api.version}", created=self.now))
+            self.api.ask_to_delete(Kind.ADAPTER, TEAM, name)
+        if (Kind.ADAPTER, TEAM, name) not in self.api.objects:  # else its versions go first
+            self.create_adapter(name, ready)
+
+    def create_adapter(self, name: str, ready: bool) -> None:
+        # Where versions were kept, the store would refuse another adapter.
+        version = name if "deletionPolicy" in SPECS[name] else f"{name}-{self.api.version}"
+        uri, uid = f"{PREFIX}{version}/", f"uid-{name}-{self.api.version}"
+        raw = adapter(name, head=int(ready), uid=uid, created=self.now, spec=SPECS[name] | {"storage": {"uri": uri}})
+        if ready:
+            raw["status"] |= {"uri": uri, "version": version}
+            raw["status"]["history"][0] |= {"uri": uri, "version": version}
+            self.there.add(uri)
+        self.api.add(raw)
+
+    @rule(name=st.sampled_from(ADAPTERS), which=st.integers(0, 9))
+    def user_rolls_back(self, name: str, which: int) -> None:
+        raw = self.api.objects.get((Kind.ADAPTER, TEAM, name))
+        history = (raw or {}).get("status", {}).get("history") or []
+        if raw is None or not history or not self.may("rollback"):
+            return
+        patch = {"rollbackTo": history[which % len(history)]["version"]}
+        generation = raw["metadata"]["generation"] + 1
+        self.api.change(Kind.ADAPTER, TEAM, name, {"spec": patch, "metadata": {"generation": generation}})
 
     @rule(seconds=st.sampled_from([0.5, 5, 20, 40]))
     def time_passes(self, seconds: float) -> None:
@@ -250,12 +284,47 @@ class ControlPlaneModel(RuleBasedStateMachine):
                 self.take_pod(worker)
 
     def run_operation(self, namespace: str, name: str, raw: Raw) -> None:
-        args = raw["spec"]["template"]["spec"]["containers"][0]["args"]
-        uri = args[args.index("--uri") + 1]
+        arguments = raw["spec"]["template"]["spec"]["containers"][0]["args"]
         if (Kind.POD, namespace, f"{name}-x") not in self.api.objects:
-            answer = {"ok": True, "uri": uri, "version": uri.rstrip("/").rpartition("/")[2], "sha256": "0"}
-            self.api.add(answer_pod(name, answer))
+            self.api.add(
+                answer_pod(name, self.store(arguments[0], dict(zip(arguments[1::2], arguments[2::2], strict=True))))
+            )
             self.end_job(namespace, name, "Complete")
+
+    def store(self, command: str, given: dict[str, str]) -> Raw:
+        """What `claas_store` does and answers."""
+        if command == "create":
+            self.there.add(given["--uri"])
+            return {"ok": True, "uri": given["--uri"], "version": given["--uri"].split("/")[-2], "sha256": "0"}
+        root, kept = given["--root"], given.get("--keep", "").split(",")
+        if command == "destroy":
+            own = {uri for uri in self.there if uri.startswith(root[:-1]) and uri.split("/")[-2] not in kept}
+            self.nobody_needs(own)
+            self.there -= own
+            return {"ok": True}
+        versions = given["--versions"].split(",")
+        uris = {beside(root, version) for version in versions}
+        if command == "delete":
+            assert uris & self.there <= self.dead, "deleted without a tombstone"
+            self.nobody_needs(uris)
+            self.there -= uris
+        elif command == "tombstone":
+            self.dead |= uris & self.there
+        else:
+            assert command == "restore"
+            self.dead -= uris
+        return {"ok": True, "done": versions}
+
+    def nobody_needs(self, versions: set[str]) -> None:
+        """Of what is being deleted: no head, and nothing that a request which has not ended was bound to."""
+        for key, raw in self.api.objects.items():
+            if key[0] is Kind.ADAPTER and "deletionTimestamp" not in raw["metadata"]:
+                assert raw["status"].get("uri") not in versions, "a head is deleted"
+        for raw in self.requests():
+            parent = (raw["status"].get("parent") or {}).get("uri")
+            on = self.api.objects.get((Kind.ADAPTER, TEAM, (raw["spec"].get("adapterRef") or {}).get("name", "")))
+            stays = on is not None and "deletionTimestamp" not in on["metadata"]
+            assert ended(raw) or not stays or parent not in versions, "what a request is bound to is deleted"
 
     def run_worker(self, namespace: str, name: str) -> None:
         worker = f"{name}-p"
@@ -350,6 +419,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
             if outcome == "Succeeded":
                 uri = f"{parent.rstrip('/')}-{uid}-a{attempt}/"
                 self.parents[uri] = parent
+                self.there.add(uri)
                 body |= {"loraUri": uri, "metadata": NUMBERS}
             self.api.change(Kind.REQUEST, TEAM, raw["metadata"]["name"], {"status": {"result": body}})
         worker.running.discard(uid)
@@ -425,11 +495,16 @@ class ControlPlaneModel(RuleBasedStateMachine):
         seq, uri = status.get("headSeq", 0), status.get("uri", "")
         before = self.heads.get(uid)
         self.heads[uid] = (seq, uri)
+        self.been.setdefault(uid, set()).add(uri)
         if before is None or before[0] == seq:
             assert before is None or before[1] == uri, "the head changed without headSeq"
             return
         assert seq == before[0] + 1, f"headSeq went from {before[0]} to {seq}"
+        assert uri in self.there - self.dead, "the head went to what is gone, or going"
         if before[0] == 0:
+            return
+        if status["history"][-1].get("cause") == "RolledBack":
+            assert uri in self.been[uid], "rolled back to what never was the head"
             return
         by = status["history"][-1]["requestUid"]
         assert by not in self.moved_by, f"{by} moved a head twice"
@@ -447,6 +522,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
         for worker in self.workers.values():  # the immortal die at last
             worker.alive = worker.alive and (Kind.POD, HOME, worker.name) in self.api.objects
         for _ in range(CALM_ROUNDS):
+            for name in ADAPTERS:  # requests wait for one that is gone: its user comes back
+                if (Kind.ADAPTER, TEAM, name) not in self.api.objects:
+                    self.create_adapter(name, ready=True)
             if self.at_rest():
                 break
             self.kubelet()
@@ -457,7 +535,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
             self.plans(0, 3)
             self.acts_on_all(0)
             self.heads_move_once_and_in_a_line()
-        assert self.at_rest(), "\n".join(str(raw["status"]) for raw in self.requests() if not ended(raw))
+        left = [raw for key, raw in self.api.objects.items() if key[0] is Kind.ADAPTER]
+        left += [raw for raw in self.requests() if not ended(raw)]
+        assert self.at_rest(), "\n".join(str((raw["metadata"], raw["status"])) for raw in left)
 
     def work(self) -> None:
         for worker in list(self.workers.values()):
@@ -482,8 +562,16 @@ class ControlPlaneModel(RuleBasedStateMachine):
                 self.end_job(HOME, worker.job, "Complete")
 
     def at_rest(self) -> bool:
-        held = [raw for key, raw in self.api.objects.items() if key[0] is Kind.ADAPTER and raw["status"].get("active")]
-        return all(ended(raw) for raw in self.requests()) and not held
+        adapters = [raw for key, raw in self.api.objects.items() if key[0] is Kind.ADAPTER]
+        busy = [
+            raw
+            for raw in adapters
+            if raw["status"].get("active")
+            or raw["status"].get("collecting")
+            or "deletionTimestamp" in raw["metadata"]
+            or (raw["spec"].get("rollbackTo") or "") != raw["status"].get("rollbackAnswered", "")
+        ]
+        return all(ended(raw) for raw in self.requests()) and not busy
 
 
 OPERATION = {"spec": {"containers": [{"name": "operation", "image": "example/claas:1"}]}}
@@ -517,6 +605,7 @@ WEIGHTS = {
     "user_cancels": 2,
     "user_deletes": 2,
     "user_recreates_adapter": 1,
+    "user_rolls_back": 2,
 }
 
 
@@ -548,6 +637,7 @@ def walk(seed: int) -> list[str]:
         "user_cancels": lambda: {"i": dice.randrange(MAX_REQUESTS)},
         "user_deletes": lambda: {"i": dice.randrange(MAX_REQUESTS)},
         "user_recreates_adapter": lambda: {"name": dice.choice(ADAPTERS), "ready": dice.random() < 0.5},
+        "user_rolls_back": lambda: {"name": dice.choice(ADAPTERS), "which": dice.randrange(10)},
     }
     names_, weights = list(WEIGHTS), list(WEIGHTS.values())
     try:

@@ -336,6 +336,18 @@ def test_what_no_waiting_can_mend_ends(spec: Raw, reason: Reason) -> None:
     assert condition(end.status, "Accepted")["status"] == "False"
 
 
+@pytest.mark.parametrize("on", ["", "coder"])
+@pytest.mark.parametrize("uri", ["s3://adapters/alice/x.json", "s3://adapters/team-two/x.json", "file:///etc/passwd"])
+def test_samples_in_the_store_are_read_below_the_namespace_s_prefixes_only(on: str, uri: str) -> None:
+    payload = {"samples": None, "payloadRef": {"uri": uri, "sha256": "0" * 64}}
+    end = only(decide(adapter(), request("r", on, spec=payload), *workers(WORKER)), End)
+    assert isinstance(end, End)
+    assert end.reason == Reason.STORAGE_DENIED
+    assert "spec.payloadRef.uri must lie below" in condition(end.status, "Failed")["message"]
+    payload["payloadRef"] = {"uri": f"{PREFIX}private/x.json", "sha256": "0" * 64}
+    assert not about(decide(adapter(), request("r", on, spec=payload), *workers(WORKER)), End)
+
+
 def test_a_stored_spec_that_this_release_cannot_read_ends_and_names_the_field() -> None:
     end = only(decide(adapter(), request("r", spec={"training": {"alpha": 7}}), *workers(WORKER)), End)
     assert isinstance(end, End)

@@ -319,7 +319,7 @@ def test_a_passing_failure_is_tried_again_under_the_next_name(answer: Raw | str)
         ({"baseModel": "org/other"}, Reason.BASE_MODEL_MISMATCH),
         ({"pool": "h100"}, Reason.UNKNOWN_POOL),
         ({"storage": {"uri": "s3://adapters/other-team/x/"}}, Reason.STORAGE_DENIED),
-        ({"initFrom": {"uri": f"{PREFIX}x/"}}, Reason.CREATE_FAILED),
+        ({"initFrom": {"uri": "s3://adapters/other-team/x/"}}, Reason.STORAGE_DENIED),
         ({"lora": {"r": -1}}, Reason.INVALID_SPEC),
     ],
 )

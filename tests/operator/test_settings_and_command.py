@@ -11,7 +11,7 @@ import yaml
 
 from claas_crds import names
 from claas_operator import cli
-from claas_operator.jobs import build_create_job, build_worker_job
+from claas_operator.jobs import build_worker_job, create_arguments
 from claas_operator.settings import SettingsError, load
 from claas_operator.snapshot import Adapter
 from operatorkit import HOME, MODEL, Raw, adapter, request, settings, snapshot, template
@@ -152,7 +152,7 @@ def test_the_chart_s_own_environment_stays_and_ours_wins() -> None:
 
 def test_a_create_job_says_all_that_the_store_needs_without_loss() -> None:
     odd = the_adapter(lora={"r": 8, "alpha": 1234.5678, "targetModules": ["q_proj", "v_proj"]})
-    args = build_create_job(settings(), odd, HOME, 2, None)["spec"]["template"]["spec"]["containers"][0]["args"]
+    args = create_arguments(settings(), odd)
     pairs = dict(zip(args[1::2], args[2::2], strict=True))
     assert args[0] == "create"
     assert pairs["--alpha"] == "1234.5678"

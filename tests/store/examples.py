@@ -33,14 +33,17 @@ NUMBERS = Metadata(
 
 
 def tensors(seed: int = 0) -> dict[str, NDArray[np.float32]]:
-    """Weights of two LoRA layers."""
+    """Weights of an adapter of `model_dir`'s model, as LORA makes it: two layers, two modules in each."""
     random = np.random.default_rng(seed)
     made = {}
     for layer in range(2):
         name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
         made[f"{name}.lora_A.weight"] = random.standard_normal((4, 24), dtype=np.float32)
         made[f"{name}.lora_B.weight"] = random.standard_normal((16, 4), dtype=np.float32)
-    return made
+        name = f"base_model.model.model.layers.{layer}.mlp.down_proj"
+        made[f"{name}.lora_A.weight"] = random.standard_normal((4, 40), dtype=np.float32)
+        made[f"{name}.lora_B.weight"] = random.standard_normal((24, 4), dtype=np.float32)
+    return dict(sorted(made.items()))
 
 
 def optimizer(step: int = 3) -> OptimizerState:

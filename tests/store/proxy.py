@@ -1,4 +1,7 @@
-"""A TCP proxy before a real store that loses answers: the request is carried out, and the client never hears."""
+"""A TCP proxy before a real store that loses answers: the request is carried out, and the client never hears.
+
+It also keeps the heads of the requests that went through it, to see what was sent.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ class LossyProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.lose, self.method, self.text, self.lost = 0, b"PUT ", b"", 0
+        self.heads: list[str] = []  # of the requests, lower case, as far as their first packet goes
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -42,6 +46,7 @@ class LossyProxy:
                 while data := client.recv(65536):
                     if data.split(b" ", 1)[0] in (b"PUT", b"GET", b"POST", b"HEAD", b"DELETE"):
                         last[0] = data.split(b"\r\n", 1)[0]
+                        self.heads.append(data.split(b"\r\n\r\n", 1)[0].decode(errors="replace").lower())
                     server.sendall(data)
                 server.shutdown(socket.SHUT_WR)
 

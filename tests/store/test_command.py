@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from claas_store import __main__ as command
+from claas_store.errors import NotFound
 from claas_store.version import ADAPTER, read_version
 from store import examples
+from store.chains import killed_step, name, step, step_uri
 
 
 @pytest.fixture
@@ -147,5 +149,57 @@ def test_list_names_every_object(home: str, model: Path, answers: Path, capsys: 
     capsys.readouterr()
     assert command.main(["list", home]) == 0
     out = capsys.readouterr().out
-    for name in ("adapter_config.json", "adapter_model.safetensors", "claas.json"):
-        assert f"{home}coder/{name}" in out
+    for file in ("adapter_config.json", "adapter_model.safetensors", "claas.json"):
+        assert f"{home}coder/{file}" in out
+
+
+# Operations on versions, as the operator's Jobs start them
+
+
+def test_collecting_by_command(home: str, model: Path, answers: Path) -> None:
+    create(f"{home}coder", model)
+    names = f"coder,{name(step(read_version(f'{home}coder'), 1))}"
+    assert command.main(["delete", "--root", f"{home}coder", "--versions", names]) == 1
+    assert (read(answers)["reason"], read(answers)["retryable"]) == ("VersionConflict", False)
+    for act in ("tombstone", "restore", "tombstone", "delete", "delete"):
+        assert command.main([act, "--root", f"{home}coder", "--versions", names]) == 0
+        assert read(answers) == {"ok": True, "done": names.split(",")}
+    assert command.main(["restore", "--root", f"{home}coder", "--versions", "coder"]) == 1
+    assert read(answers)["reason"] == "AdapterInvalid"
+    assert command.main(["tombstone", "--root", f"{home}coder", "--versions", "coder,../x"]) == 1
+    assert read(answers)["reason"] == "InvalidSpec"
+
+
+def test_destroying_and_sweeping_by_command(home: str, model: Path, answers: Path) -> None:
+    create(f"{home}coder", model)
+    create(f"{home}coder2", model, **{"adapter-uid": "other"})
+    root = read_version(f"{home}coder")
+    known, orphan = step(root, 1), step(root, 2)
+    killed_step(root, 3)
+    sweep = ["sweep", "--root", f"{home}coder", "--known", f"coder,{name(known)}"]
+    assert command.main([*sweep, "--grace-seconds", "3600"]) == 0
+    assert read(answers) == {"ok": True, "interrupted": 0, "orphans": 0, "uploads": 0, "kept": 2}
+    assert command.main([*sweep, "--grace-seconds", "0", "--adapter-uid", "another"]) == 0
+    assert read(answers) == {"ok": True, "interrupted": 1, "orphans": 0, "uploads": 0, "kept": 0}
+    assert command.main([*sweep, "--grace-seconds", "0", "--adapter-uid", examples.UID]) == 0
+    assert read(answers)["orphans"] == 1
+    with pytest.raises(NotFound):
+        read_version(orphan.uri)
+    for bad in ("-1", "nan", "inf", "soon"):
+        assert command.main([*sweep, "--grace-seconds", bad]) == 1
+        assert read(answers)["reason"] == "InvalidSpec"
+    assert command.main(["destroy", "--root", f"{home}coder", "--keep", name(known)]) == 0
+    assert read(answers) == {"ok": True, "deleted": 1, "kept": [name(known)]}
+    for deleted in (2, 0):  # the kept one, and the tombstone of its parent
+        assert command.main(["destroy", "--root", f"{home}coder"]) == 0
+        assert read(answers) == {"ok": True, "deleted": deleted, "kept": []}
+    assert read_version(f"{home}coder2").manifest.adapter_uid == "other"
+
+
+def test_an_answer_of_many_names_is_cut_and_still_json(root: Path, model: Path, answers: Path) -> None:
+    """The operator asks again for what is not in it."""
+    names = [name(step_uri(f"file://{root}/coder", number)) for number in range(300)]
+    assert command.main(["tombstone", "--root", f"file://{root}/coder", "--versions", ",".join(names)]) == 0
+    done = read(answers)["done"]
+    assert 0 < len(done) < 300
+    assert done == names[: len(done)]

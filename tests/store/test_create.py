@@ -15,8 +15,9 @@ import pytest
 import safetensors.numpy
 
 from claas_crds.adapter import Lora
+from claas_store.collect import delete, destroy, tombstone
 from claas_store.create import create_adapter, init_adapter, linear_shapes
-from claas_store.errors import ArgumentInvalid, NotFound, Occupied, VersionInvalid
+from claas_store.errors import ArgumentInvalid, NotFound, Occupied, VersionCollected, VersionInvalid
 from claas_store.stores import open_store
 from claas_store.version import ADAPTER, CONFIG, MANIFEST, Version, find_manifest, read_version, write_version
 from store import examples
@@ -87,6 +88,7 @@ from store import examples
 real, left = create.open_store, [{survivors}]
 class Dying:
     def __init__(self, store): self.store = store
+    def get(self, *args, **more): return self.store.get(*args, **more)
     def put(self, *put):
         if not left[0]:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -175,22 +177,22 @@ def foreign(uri: str) -> None:
     open_store(uri).put(f"{uri}{ADAPTER}", safetensors.numpy.save(examples.tensors()))
 
 
-def init(uri: str, source: str, lora: Lora = examples.LORA, base: str = examples.BASE) -> Version:
-    return init_adapter(uri, base, source, lora, examples.UID)
+def init(uri: str, source: str, model: Path, lora: Lora = examples.LORA, base: str = examples.BASE) -> Version:
+    return init_adapter(uri, base, model, source, lora, examples.UID)
 
 
-def test_adopting_a_folder_where_it_lies(home: str) -> None:
+def test_adopting_a_folder_where_it_lies(home: str, model: Path) -> None:
     foreign(f"{home}theirs/")
-    adopted = init(f"{home}theirs", f"{home}theirs/")
+    adopted = init(f"{home}theirs", f"{home}theirs/", model)
     assert adopted.uri == f"{home}theirs/"
-    assert init(f"{home}theirs", f"{home}theirs/").manifest_sha256 == adopted.manifest_sha256
+    assert init(f"{home}theirs", f"{home}theirs/", model).manifest_sha256 == adopted.manifest_sha256
 
 
-def test_forking_takes_everything_along_and_names_its_origin(home: str) -> None:
+def test_forking_takes_everything_along_and_names_its_origin(home: str, model: Path) -> None:
     source = write_version(
         f"{home}theirs", examples.CONFIG, examples.tensors(), examples.optimizer(), examples.manifest()
     )
-    fork = init(f"{home}mine", f"{home}theirs")
+    fork = init(f"{home}mine", f"{home}theirs", model)
     found = read_version(f"{home}mine")
     assert found.manifest.parent is not None
     assert found.manifest.parent.uri == f"{home}theirs/"
@@ -198,13 +200,13 @@ def test_forking_takes_everything_along_and_names_its_origin(home: str) -> None:
     assert found.manifest.files == source.manifest.files
     assert found.optimizer is not None
     assert found.optimizer.step == 3
-    assert init(f"{home}mine", f"{home}theirs").manifest_sha256 == fork.manifest_sha256
+    assert init(f"{home}mine", f"{home}theirs", model).manifest_sha256 == fork.manifest_sha256
     assert read_version(f"{home}theirs").manifest == source.manifest
 
 
-def test_forking_a_foreign_folder_leaves_it_as_it_is(home: str) -> None:
+def test_forking_a_foreign_folder_leaves_it_as_it_is(home: str, model: Path) -> None:
     foreign(f"{home}theirs/")
-    fork = init(f"{home}mine", f"{home}theirs")
+    fork = init(f"{home}mine", f"{home}theirs", model)
     assert fork.tensors.keys() == examples.tensors().keys()
     for name, value in examples.tensors().items():
         np.testing.assert_array_equal(fork.tensors[name], value, strict=True)
@@ -220,22 +222,46 @@ def test_forking_a_foreign_folder_leaves_it_as_it_is(home: str) -> None:
         (examples.LORA, "another/model", f"base model {examples.BASE}"),
     ],
 )
-def test_what_does_not_fit_is_not_taken_over(home: str, lora: Lora, base: str, said: str) -> None:
+def test_what_does_not_fit_is_not_taken_over(home: str, model: Path, lora: Lora, base: str, said: str) -> None:
     write_version(f"{home}theirs", examples.CONFIG, examples.tensors(), None, examples.manifest())
     with pytest.raises(VersionInvalid, match=said):
-        init(f"{home}mine", f"{home}theirs", lora, base)
+        init(f"{home}mine", f"{home}theirs", model, lora, base)
     assert list(open_store(home).list(f"{home}mine")) == []
 
 
-def test_nothing_to_start_from(home: str) -> None:
+def test_nothing_to_start_from(home: str, model: Path) -> None:
     with pytest.raises(NotFound):
-        init(f"{home}mine", f"{home}nothing")
+        init(f"{home}mine", f"{home}nothing", model)
     with pytest.raises(NotFound):
-        init(f"{home}mine", f"{home}mine")
+        init(f"{home}mine", f"{home}mine", model)
 
 
 def test_a_fork_does_not_overwrite(home: str, model: Path) -> None:
     write_version(f"{home}theirs", examples.CONFIG, examples.tensors(), None, examples.manifest())
     create(f"{home}mine", model)
     with pytest.raises(Occupied):
-        init(f"{home}mine", f"{home}theirs")
+        init(f"{home}mine", f"{home}theirs", model)
+
+
+def test_a_fork_is_whole_when_its_origin_is_gone(home: str, model: Path) -> None:
+    """A create Job that was killed after its last write runs again; meanwhile the origin may have been deleted."""
+    write_version(f"{home}theirs", examples.CONFIG, examples.tensors(), None, examples.manifest())
+    fork = init(f"{home}mine", f"{home}theirs", model)
+    destroy(f"{home}theirs")
+    assert init(f"{home}mine", f"{home}theirs", model).manifest_sha256 == fork.manifest_sha256
+
+
+def test_nothing_is_created_where_a_version_was_collected(home: str, model: Path) -> None:
+    create(f"{home}coder", model)
+    tombstone(f"{home}coder", ["coder"], "retention")
+    delete(f"{home}coder", ["coder"])
+    with pytest.raises(Occupied, match=r"was collected: choose another spec\.storage\.uri"):
+        create(f"{home}coder", model)
+    with pytest.raises(VersionCollected):
+        init(f"{home}fork", f"{home}coder", model)
+
+
+def test_the_output_layer_is_refused(tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"lm_head.weight": np.zeros((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ArgumentInvalid, match="lm_head is the output layer"):
+        linear_shapes(tmp_path, ["lm_head"])

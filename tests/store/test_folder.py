@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,85 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(StorageUnavailable, match="No space left"):
         FolderStore([str(tmp_path)]).put(f"file://{tmp_path}/v/object", b"data")
     assert not any((tmp_path / "v").iterdir())
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "../{name}2/secret", "x/../../{name}2/secret", "./x", "x/./y", "x//y", "/x", "x\\..\\y", "x?y", "x#y", "x\0",
+        "%2e%2e/{name}2/secret", "..%2f{name}2/secret", "%2e%2e%2f{name}2%2fsecret", "\u3002\u3002/{name}2/secret",
+        "\uff0e\uff0e/{name}2/secret", "..\u2215{name}2/secret", "x/%00",
+    ],
+)  # fmt: skip
+def test_no_trick_in_a_uri_leads_out_of_a_root(root: Path, trick: str) -> None:
+    """Refused, or the name of a file inside it: nothing is decoded, folded or resolved."""
+    beside = root.with_name(f"{root.name}2")  # a prefix of whose name is the root's
+    beside.mkdir()
+    (beside / "secret").write_text("secret")
+    uri = f"file://{root}/{trick.format(name=root.name)}"
+    store = open_store(f"file://{root}/a")
+    with pytest.raises(StoreError):
+        store.get(uri)
+    with contextlib.suppress(StoreError):
+        store.put(uri, b"x")
+        assert store.get(uri) == b"x"
+        assert [found for found, _ in store.list(f"file://{root}/")] == [uri]
+        store.delete(uri)
+    assert [path.name for path in beside.iterdir()] == ["secret"]
+    assert (beside / "secret").read_text() == "secret"
+
+
+@pytest.mark.parametrize("name", ["coder", "coder-20261123-191107-00000001"])
+def test_a_version_that_is_a_link_is_neither_read_nor_collected(root: Path, tmp_path: Path, name: str) -> None:
+    """A tenant who can write into the volume links a name of its own to another's version."""
+    from claas_store import collect
+    from claas_store.fsck import fsck
+    from claas_store.version import read_version
+    from store.chains import first, step
+
+    theirs = step(first(f"file://{root}/theirs/coder"), 1)
+    (root / "mine").mkdir()
+    if name != "coder":
+        first(f"file://{root}/mine/coder")
+    (root / "mine" / name).symlink_to(theirs.uri.removeprefix("file://").rstrip("/"))
+    before = sorted((root / "theirs").rglob("*"))
+    uri = f"file://{root}/mine/{name}/"
+    for act in (
+        lambda: read_version(uri),
+        lambda: fsck(uri, everything=False),
+        lambda: collect.tombstone(uri, [name], "retention"),
+        lambda: collect.delete(uri, [name]),
+    ):
+        with pytest.raises(StorageDenied):
+            act()
+    collect.destroy(f"file://{root}/mine/coder")
+    assert sorted((root / "theirs").rglob("*")) == before
+    assert read_version(theirs.uri).manifest == theirs.manifest
+
+
+def test_an_emptied_folder_goes_and_its_neighbours_stay(root: Path) -> None:
+    """As in an object store, where a folder is only what its objects' names begin with."""
+    store = open_store(f"file://{root}/a")
+    store.put(f"file://{root}/a/b/one", b"1")
+    store.put(f"file://{root}/a/b/two", b"2")
+    store.delete(f"file://{root}/a/b/one")
+    assert (root / "a" / "b").is_dir()
+    store.delete(f"file://{root}/a/b/two")
+    assert not (root / "a" / "b").exists()
+    store.put(f"file://{root}/x", b"1")
+    store.delete(f"file://{root}/x")
+    assert root.is_dir()
+
+
+def test_writers_into_a_folder_that_others_empty_all_end_well(root: Path) -> None:
+    store = open_store(f"file://{root}/a")
+
+    def write(number: int) -> None:
+        for _ in range(50):
+            store.put(f"file://{root}/v/{number}", b"x")
+            store.delete(f"file://{root}/v/{number}")
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(write, number) for number in range(4)]:
+            done.result()
+    assert list(store.list(f"file://{root}/v/")) == []

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from claas_store import s3
-from claas_store.errors import AlreadyExists, NotFound, StorageDenied, StorageUnavailable
+from claas_store.errors import AlreadyExists, NotFound, StorageDenied, StorageUnavailable, StoreError
 from claas_store.stores import open_store
 from claas_store.version import find_manifest, read_version
 from objectstore import ObjectStore, running
@@ -159,3 +161,129 @@ def test_a_missing_object_is_not_found(bucket: str) -> None:
     with pytest.raises(NotFound):
         open_store(bucket).get(f"{bucket}nothing")
     assert find_manifest(bucket) is None
+
+
+# Settings: AWS, MinIO, SeaweedFS, R2
+
+
+class Sent(Exception):
+    """In place of a request: where it would have gone."""
+
+
+def url_of(environment: dict[str, str]) -> str:
+    """Where an object is looked for with these settings."""
+
+    def stop(request: Any, **_: Any) -> None:
+        raise Sent(request.url)
+
+    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (keys | environment).items():
+            patch.setenv(name, value)
+        store = s3.S3Store(environment)
+        store._client.meta.events.register("before-send.s3", stop)
+        with pytest.raises(Sent) as sent:
+            store.delete("s3://loras/team/v 1/claas.json")
+    return str(sent.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "url"),
+    [
+        ({"AWS_REGION": "eu-central-1"}, "https://loras.s3.eu-central-1.amazonaws.com/team/v%201/claas.json"),
+        (
+            {"AWS_REGION": "us-west-2", "CLAAS_S3_ADDRESSING": "path"},
+            "https://s3.us-west-2.amazonaws.com/loras/team/v%201/claas.json",
+        ),
+        (
+            {"AWS_ENDPOINT_URL_S3": "https://minio.example.com:9000"},
+            "https://minio.example.com:9000/loras/team/v%201/claas.json",
+        ),
+        (
+            {"AWS_ENDPOINT_URL_S3": "https://minio.example.com", "CLAAS_S3_ADDRESSING": "virtual"},
+            "https://loras.minio.example.com/team/v%201/claas.json",
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "https://account.r2.cloudflarestorage.com", "AWS_REGION": "auto"},
+            "https://account.r2.cloudflarestorage.com/loras/team/v%201/claas.json",
+        ),
+    ],
+)
+def test_objects_are_looked_for_where_each_store_keeps_them(environment: dict[str, str], url: str) -> None:
+    assert url_of(environment) == url
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"CLAAS_S3_ADDRESSING": "dns"}, "CLAAS_S3_ADDRESSING 'dns' must be one of auto, path, virtual"),
+        ({"CLAAS_S3_ENCRYPTION": "aes"}, "CLAAS_S3_ENCRYPTION 'aes' must be AES256, aws:kms or empty"),
+        ({"CLAAS_S3_KMS_KEY_ID": "key"}, "CLAAS_S3_KMS_KEY_ID needs CLAAS_S3_ENCRYPTION aws:kms"),
+        ({"CLAAS_S3_KMS_KEY_ID": "key", "CLAAS_S3_ENCRYPTION": "AES256"}, "needs CLAAS_S3_ENCRYPTION aws:kms"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, setting: dict[str, str], said: str
+) -> None:
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorageDenied, match=said):
+        open_store(bucket)
+
+
+def test_an_endpoint_of_its_own_is_sent_no_checksum_trailers(proxy: LossyProxy, bucket: str, small_parts: None) -> None:
+    """SeaweedFS takes them, others answer 400 or 501; what is read is checked against the manifest anyway."""
+    open_store(bucket).put(f"{bucket}small", b"data")
+    open_store(bucket).put(f"{bucket}large", bytes(6 * 2**20))
+    assert open_store(bucket).get(f"{bucket}small") == b"data"
+    assert len(proxy.heads) >= 6
+    for head in proxy.heads:
+        assert not any(word in head for word in ("x-amz-trailer", "aws-chunked", "x-amz-checksum", "x-amz-sdk-check"))
+
+
+def test_writes_are_conditional_also_in_parts(proxy: LossyProxy, bucket: str, small_parts: None) -> None:
+    open_store(bucket).put(f"{bucket}small", b"data")
+    open_store(bucket).put(f"{bucket}large", bytes(6 * 2**20))
+    open_store(bucket).put(f"{bucket}any", b"data", if_absent=False)
+    conditional = [head.splitlines()[0] for head in proxy.heads if "\nif-none-match: *" in head]
+    assert [line.split()[0] for line in conditional] == ["put", "post"]
+    assert "small" in conditional[0] and "large" in conditional[1] and "uploadid=" in conditional[1]
+
+
+def test_sse_s3_is_asked_for_and_the_store_says_so(
+    bucket: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, small_parts: None
+) -> None:
+    monkeypatch.setenv("CLAAS_S3_ENCRYPTION", "AES256")
+    store = open_store(bucket)
+    for name, data in (("small", b"data"), ("large", bytes(range(256)) * 24_000)):
+        store.put(f"{bucket}{name}", data)
+        assert store.get(f"{bucket}{name}") == data
+        key = f"{bucket}{name}".removeprefix(f"s3://{object_store.bucket}/")
+        head = object_store.client().head_object(Bucket=object_store.bucket, Key=key)
+        assert head["ServerSideEncryption"] == "AES256"
+
+
+@pytest.mark.parametrize("key", ["", "arn:aws:kms:eu-central-1:1:key/k"])
+def test_sse_kms_is_asked_for_with_the_key(
+    proxy: LossyProxy, bucket: str, monkeypatch: pytest.MonkeyPatch, small_parts: None, key: str
+) -> None:
+    """SeaweedFS has no KMS here and may refuse; this is about what is sent, which is all that a test can see."""
+    monkeypatch.setenv("CLAAS_S3_ENCRYPTION", "aws:kms")
+    monkeypatch.setenv("CLAAS_S3_KMS_KEY_ID", key)
+    for name, size in (("small", 4), ("large", 6 * 2**20)):
+        with contextlib.suppress(StoreError):
+            open_store(bucket).put(f"{bucket}{name}", bytes(size))
+    writes = [head for head in proxy.heads if head.startswith("put ") and "partnumber" not in head]
+    begins = [head for head in proxy.heads if head.startswith("post ") and "?uploads" in head]
+    assert writes and begins
+    for head in (*writes, *begins):
+        assert "\nx-amz-server-side-encryption: aws:kms" in head
+        assert (f"\nx-amz-server-side-encryption-aws-kms-key-id: {key}" in head) == bool(key)
+    for head in proxy.heads:
+        if "partnumber" in head:
+            assert "server-side-encryption" not in head, "S3 refuses it on a part"
+
+
+def test_without_a_setting_nothing_is_said_of_encryption(proxy: LossyProxy, bucket: str) -> None:
+    open_store(bucket).put(f"{bucket}object", b"data")
+    assert not any("server-side-encryption" in head for head in proxy.heads)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,29 @@ def test_listing_keeps_to_segments(home: str) -> None:
     store.put(f"{home}team2/x", b"1")
     assert [uri for uri, _ in store.list(f"{home}team")] == [f"{home}team/x"]
     assert list(store.list(f"{home}nobody/")) == []
+
+
+def test_entries_begin_with_what_is_asked_for_and_know_their_time(home: str) -> None:
+    store, start = open_store(home), datetime.now(UTC) - timedelta(seconds=2)
+    for name in ("coder/a", "coder-1/b", "code/c", "coder", "x/coder/d"):
+        store.put(f"{home}{name}" if name != "coder" else f"{home}coder.txt", b"12")
+    found = store.entries(home, "coder")
+    assert [(entry.uri.removeprefix(home), entry.size) for entry in found] == [
+        ("coder-1/b", 2), ("coder.txt", 2), ("coder/a", 2)
+    ]  # fmt: skip
+    assert all(start <= entry.modified <= datetime.now(UTC) for entry in found)
+    assert list(store.entries(f"{home}nobody", "coder")) == []
+    assert list(store.uploads(home)) == []
+
+
+def test_a_digest_is_read_in_pieces_and_bounded(home: str) -> None:
+    store, data = open_store(home), bytes(range(256)) * 12_000
+    store.put(f"{home}object", data)
+    assert store.digest(f"{home}object") == (hashlib.sha256(data).hexdigest(), len(data))
+    with pytest.raises(TooLarge):
+        store.digest(f"{home}object", max_bytes=len(data) - 1)
+    with pytest.raises(NotFound):
+        store.digest(f"{home}nothing")
 
 
 def test_an_object_is_written_once(home: str) -> None:

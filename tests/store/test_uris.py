@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from claas_store.errors import UriInvalid
-from claas_store.uris import is_step_output, join, next_version_uri, normalise, parse, version_name, within
+from claas_store.uris import (
+    beside,
+    is_beside,
+    is_step_output,
+    join,
+    next_version_uri,
+    normalise,
+    parent_folder,
+    parse,
+    version_name,
+    within,
+)
 
 CREATED = "2026-11-23T19:10:07Z"
 UID = "9f2c4d1e-5f7a-4c1b-9d86-3f0e1c2d4b5a"
@@ -151,3 +162,46 @@ def test_join() -> None:
     for name in ("", "..", "b/c", "/b", "b?"):
         with pytest.raises(UriInvalid):
             join("s3://bucket/a/", name)
+
+
+@pytest.mark.parametrize(
+    ("uri", "name", "beside_it"),
+    [
+        ("s3://bucket/team/coder/", "coder", True),
+        ("s3://bucket/team/coder", "coder-20261123-191007-9f2c4d1e", True),
+        ("s3://bucket/team/coder", "coder-20261123-191007-9f2c4d1e-a12", True),
+        ("s3://bucket/team/coder-20261123-191007-9f2c4d1e", "coder-20261124-191007-9f2c4d1e", True),
+        ("s3://bucket/team/coder-20261123-191007-9f2c4d1e", "coder", False),  # another's own uri
+        ("s3://bucket/team/coder", "coder-v2", False),
+        ("s3://bucket/team/coder", "code-20261123-191007-9f2c4d1e", False),
+        ("s3://bucket/team/coder", "coder-v2-20261123-191007-9f2c4d1e", False),
+        ("s3://bucket/team/coder", "..", False),
+        ("s3://bucket/team/coder", "", False),
+        ("s3://bucket/team/coder", "x/coder", False),
+    ],
+)
+def test_names_of_versions_beside_an_adapter(uri: str, name: str, beside_it: bool) -> None:
+    assert is_beside(uri, name) is beside_it
+    if beside_it:
+        assert beside(uri, name) == f"s3://bucket/team/{name}/"
+    else:
+        with pytest.raises(UriInvalid, match="no name of a version"):
+            beside(uri, name)
+
+
+@given(PATHS, HOSTILE)
+def test_what_lies_beside_never_lies_elsewhere(path: str, text: str) -> None:
+    uri = normalise(f"s3://bucket/{path}")
+    for name in (text, f"{version_name(uri)}{text}", f"{text}-20261123-191007-9f2c4d1e"):
+        try:
+            found = beside(uri, name)
+        except UriInvalid:
+            continue
+        assert parse(found).segments[:-1] == parse(uri).segments[:-1]
+        assert parent_folder(found) == parent_folder(uri)
+
+
+def test_the_folder_above() -> None:
+    assert parent_folder("s3://bucket/team/coder") == "s3://bucket/team/"
+    assert parent_folder("s3://bucket/coder") == "s3://bucket/"
+    assert parent_folder("file:///data/coder") == "file:///data/"

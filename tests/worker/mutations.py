@@ -54,10 +54,7 @@ MUTATIONS = (
         "log_p_tail = p_tail.clamp_min(TAIL_FLOOR).log()",
         "log_p_tail = p_tail.clamp_min(1e-30).log()",
     ),
-    Mutation("a floored tail has a gradient", "resolved = t.has_tail & (p_tail > TAIL_FLOOR)", "resolved = t.has_tail"),
-    Mutation(
-        "a whole vocabulary has a tail", "has_tail=bucket.sum(-1) < vocabulary", "has_tail=bucket.sum(-1) <= vocabulary"
-    ),
+    Mutation("a floored tail has a gradient", "resolved = p_tail > TAIL_FLOOR", "resolved = p_tail >= 0"),
     Mutation(
         "the tail keeps the buckets' mass",
         "torch.where(t.bucket, 0.0, torch.inf)",

@@ -188,6 +188,24 @@ def test_oracle_3_gradients_are_the_finite_differences(case: Case, alpha: float,
             assert gradient[t, i].item() == pytest.approx(difference, abs=1e-8)
 
 
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("log_tail", [-15.0, -20.0])  # both below the floor of 1e-6
+def test_oracle_3_a_floored_tail_has_no_gradient_of_its_own(alpha: float, log_tail: float) -> None:
+    """The teacher expects 0.3 there, the student next to nothing: the divergence stands still while its tail moves."""
+    logits = torch.tensor([[1.0, 0.5, 0.0, log_tail, log_tail - 1]], dtype=torch.float64)
+    log_q = torch.tensor([[0.3, 0.25, 0.15, 0.2, 0.1]], dtype=torch.float64).log()
+    case = Case(logits, log_q, torch.tensor([0]), torch.tensor([[0, 1, 2]]))
+    options = {"alpha": alpha, "pg_weight": 0.0, "jsd_reg_weight": 1.0}
+    gradient, step = case.gradient(**options), 1e-3
+    for i in range(5):
+        ends = []
+        for sign in (1, -1):
+            moved = logits.clone()
+            moved[0, i] += sign * step
+            ends.append(replace(case, logits=moved).jsd(alpha=alpha))
+        assert gradient[0, i].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-6 if i < 3 else 1e-9)
+
+
 @settings(max_examples=30)
 @given(cases(), st.sampled_from([a for a in ALPHAS if a > 0]))
 def test_oracle_4_expected_advantage_is_minus_kl_and_its_policy_gradient_minus_grad_d(case: Case, alpha: float) -> None:

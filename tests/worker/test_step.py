@@ -79,7 +79,7 @@ def test_a_step_writes_a_version_that_plain_peft_loads(trainee: Trainee) -> None
     manifest = version.manifest
     assert manifest.parent is not None
     assert (manifest.parent.uri, manifest.parent.sha256) == (parent, before.manifest_sha256)
-    assert (manifest.request_uid, manifest.attempt, manifest.template_id) == (job.uid, 1, "person-1")
+    assert (manifest.request_uid, manifest.attempt, manifest.template_id) == (job.uid, 1, "person-1/neutral-1")
     assert manifest.training["learningRate"] == 1e-4
     assert manifest.metadata == result.metadata
 
@@ -99,7 +99,8 @@ def test_the_numbers_are_those_of_the_definitions(trainee: Trainee) -> None:
     assert metadata.grad_norm > 0 and metadata.update_norm > 0
     assert metadata.effective_learning_rate == pytest.approx(1e-4 / 8)
     assert (metadata.optimizer_step, metadata.optimizer_state) == (1, "fresh")
-    assert (metadata.teacher_mode, metadata.truncated, metadata.template_id) == ("Self", False, "person-1")
+    assert (metadata.teacher_mode, metadata.teacher_contrast) == ("Self", 2)
+    assert (metadata.truncated, metadata.template_id) == (False, "person-1/neutral-1")
     expected = render(_sample(SAMPLE), trainee.student.tokenizer, Limits(1024, 512))
     assert metadata.tokens_processed == len(expected.response_ids)
 
@@ -108,7 +109,8 @@ def test_repeated_steps_bring_student_and_teacher_together(trainee: Trainee) -> 
     """Oracle 14 in small: D on the trained sample falls."""
     uri, divergences = trainee.adapter("a"), []
     for _ in range(4):
-        result = trainee.run(uri, training={"learningRate": 1e-2, "preset": "paper"})
+        paper = {"mode": "Self", "contrast": 0}  # a fixed point where they agree
+        result = trainee.run(uri, training={"learningRate": 1e-2, "preset": "paper"}, teacher=paper)
         assert result.metadata is not None
         divergences.append(result.metadata.jsd)
         uri = result.lora_uri
@@ -172,7 +174,7 @@ def test_oracle_10_twenty_requests_are_twenty_steps_in_one_process_bitwise(train
     uri = trainee.adapter("a")
     requests = read_version(uri)
     for _ in range(20):
-        requests = trainee.train(requests.uri, [SHORT])
+        requests = trainee.train(requests.uri, [SHORT], teacher={"mode": "Self", "contrast": 0})
 
     student, training = trainee.student, Training()
     adapted = peft.PeftModel.from_pretrained(
@@ -199,7 +201,7 @@ def test_oracle_10_twenty_requests_are_twenty_steps_in_one_process_bitwise(train
             scores = logprobs_from_hidden(hidden(rendered.prefix_teacher_ids), student.head, support)
         loss, _ = sdpo_loss_from_hidden(hidden(rendered.prefix_student_ids), student.head, response, support, scores)
         loss.backward()
-        norm = float(torch.stack([p.grad.double().square().sum() for p in in_order if p.grad is not None]).sum().sqrt())
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in in_order if p.grad is not None]))
         if norm > training.max_grad_norm:
             for parameter in in_order:
                 assert parameter.grad is not None

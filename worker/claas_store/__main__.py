@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -19,9 +20,10 @@ from pydantic import ValidationError
 
 from claas_crds.adapter import Lora
 from claas_crds.reasons import Reason
-from claas_store import models, uris
+from claas_store import collect, models, uris
 from claas_store.create import create_adapter, init_adapter
 from claas_store.errors import ArgumentInvalid, StoreError
+from claas_store.fsck import BAD, fsck
 from claas_store.stores import open_store
 from claas_store.version import Version, read_version
 
@@ -65,6 +67,20 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             for found, size in open_store(uri).list(uri):
                 print(f"{size:>14} {found}")
             return {"uri": uri}
+        case "tombstone":
+            return {"done": collect.tombstone(options.root, options.versions, options.why)}
+        case "restore":
+            return {"done": collect.restore(options.root, options.versions)}
+        case "delete":
+            return {"done": collect.delete(options.root, options.versions)}
+        case "destroy":
+            destroyed = collect.destroy(options.root, options.keep)
+            return {"deleted": len(destroyed.deleted), "kept": destroyed.kept}
+        case "sweep":
+            swept = collect.sweep(options.root, options.known, options.grace_seconds, adapter_uid=options.adapter_uid)
+            return swept._asdict()
+        case "fsck":
+            return _fsck(options)
         case "fetch-model":
             models.fetch_model(options.source, options.target)
             return {"target": str(options.target)}
@@ -81,8 +97,24 @@ def _create(options: argparse.Namespace) -> Version:
         fields = ", ".join(str(problem["loc"][0]) for problem in error.errors())
         raise ArgumentInvalid(f"spec.lora is out of bounds: {fields}") from None
     if options.init_from:
-        return init_adapter(options.uri, options.base_model, options.init_from, lora, options.adapter_uid)
+        return init_adapter(
+            options.uri, options.base_model, options.model_dir, options.init_from, lora, options.adapter_uid
+        )
     return create_adapter(options.uri, options.base_model, options.model_dir, lora, options.adapter_uid)
+
+
+def _fsck(options: argparse.Namespace) -> dict[str, Any]:
+    report = fsck(options.uri, everything=options.all or None, known=options.known)
+    if options.json:
+        print(report.model_dump_json(by_alias=True, indent=2))
+    else:
+        print("\n".join(report.lines()))
+    counts = Counter(finding.kind.value for finding in report.findings)
+    answer = {"uri": report.uri, "versions": report.versions, "sizeBytes": report.size_bytes, "findings": counts}
+    if report.ok:
+        return answer
+    worst = next(finding for finding in report.findings if finding.kind in BAD)
+    return answer | failure(Reason.ADAPTER_INVALID, str(worst), False)
 
 
 def _outcome(version: Version) -> dict[str, Any]:
@@ -90,14 +122,32 @@ def _outcome(version: Version) -> dict[str, Any]:
 
 
 def _answer(answer: dict[str, Any]) -> None:
+    """At most ANSWER_BYTES: the longest text or list is cut until it fits, since half a JSON object would be none.
+
+    Escapes make a message longer than its characters. A list of names that was cut says only what is certain: the
+    operator asks again for what is not in it.
+    """
     data = json.dumps(answer).encode()
-    while len(data) > ANSWER_BYTES:  # escapes make a message longer than its characters
-        answer = {**answer, "message": answer["message"][: len(answer["message"]) // 2]}
+    while len(data) > ANSWER_BYTES:
+        name = max(answer, key=lambda key: len(json.dumps(answer[key])))
+        answer = {**answer, name: answer[name][: len(answer[name]) // 2]}
         data = json.dumps(answer).encode()
     print(data.decode(), flush=True)
     path = os.environ.get("CLAAS_TERMINATION_LOG") or TERMINATION_LOG
     if os.environ.get("CLAAS_TERMINATION_LOG") or os.path.exists(path):
         Path(path).write_bytes(data)
+
+
+def _names(text: str) -> list[str]:
+    """Names of versions: comma-separated, none of them twice."""
+    return list(dict.fromkeys(name for name in text.split(",") if name))
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -128,6 +178,27 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("uri")
     listing = commands.add_parser("list", help="objects below a folder, with their sizes")
     listing.add_argument("uri")
+
+    dead = commands.add_parser("tombstone", help="declare versions dead: readers refuse them from then on")
+    dead.add_argument("--why", default="retention", help="for people who read the tombstone")
+    back = commands.add_parser("restore", help="take tombstones back of versions that are still there")
+    delete = commands.add_parser("delete", help="delete versions that bear a tombstone, which stays")
+    destroy = commands.add_parser("destroy", help="delete every version of an adapter")
+    sweep = commands.add_parser("sweep", help="remove what killed processes left beside an adapter")
+    for one in (dead, back, delete, destroy, sweep):
+        one.add_argument("--root", required=True, help="the adapter's own uri")
+    for one in (dead, back, delete):
+        one.add_argument("--versions", type=_names, required=True, help="names beside it, comma-separated")
+    destroy.add_argument("--keep", type=_names, default=[], help="names of versions that stay, comma-separated")
+    sweep.add_argument("--known", type=_names, required=True, help="versions that the adapter names, comma-separated")
+    sweep.add_argument("--grace-seconds", type=_seconds, required=True, help="what is younger stays")
+    sweep.add_argument("--adapter-uid", default="", help="whose orphans; by default as the known versions say")
+
+    check = commands.add_parser("fsck", help="check every digest of a version and its parents; exit code 1 if broken")
+    check.add_argument("uri", help="a version, or an adapter's own uri: then all versions beside it")
+    check.add_argument("--all", action="store_true", help="all versions beside it, whatever its name")
+    check.add_argument("--known", type=_names, help="versions that the adapter names; others are reported as orphaned")
+    check.add_argument("--json", action="store_true", help="the whole report as JSON, in place of the lines")
 
     fetch = commands.add_parser("fetch-model", help="fill a model folder, once")
     fetch.add_argument("--source", required=True, help="hub:ID[@REVISION], s3://BUCKET/PATH/ or file:///PATH/")

@@ -19,24 +19,29 @@ from safetensors import SafetensorError, safe_open
 
 from claas_crds.adapter import Lora
 from claas_store import uris
+from claas_store.checks import ADAPTER, PREFIX, check_config, check_patterns, check_tensors, expected_shapes
 from claas_store.errors import AlreadyExists, ArgumentInvalid, NotFound, Occupied, VersionInvalid
+from claas_store.limits import MAX_HEADER_BYTES
 from claas_store.stores import Store, open_store
+from claas_store.tombstone import read_tombstone, refuse_collected
 from claas_store.version import (
     Manifest,
     OptimizerState,
     ParentVersion,
     Tensors,
     Version,
+    adopt_folder,
     encode,
     find_manifest,
     put_manifest,
+    read_config,
     read_peft_folder,
     read_version,
 )
 
 _INDEX = "model.safetensors.index.json"
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings")
-_PREFIX = "base_model.model."  # what PEFT puts before a module's name
+_HEADS = ("lm_head", "embed_out")
 
 
 def create_adapter(uri: str, base_model_id: str, model_dir: Path, lora: Lora, adapter_uid: str) -> Version:
@@ -63,31 +68,53 @@ def create_adapter(uri: str, base_model_id: str, model_dir: Path, lora: Lora, ad
     return _write(uri, config, fresh_tensors(shapes, lora.r, adapter_uid), None, manifest)
 
 
-def init_adapter(uri: str, base_model_id: str, source_uri: str, lora: Lora, adapter_uid: str) -> Version:
+def init_adapter(
+    uri: str, base_model_id: str, model_dir: Path, source_uri: str, lora: Lora, adapter_uid: str
+) -> Version:
     """An adapter's first version from a PEFT folder or another adapter's version: adopted if it lies at `uri` itself,
-    otherwise copied there, optimizer state included.
+    otherwise copied there, optimizer state included. Key by key it must be what `lora` makes of the base model.
+
+    Again for the same LoraAdapter it succeeds, also when the source is gone by then.
 
     Raises:
         NotFound: nothing lies at `source_uri`.
-        VersionInvalid: it is broken, or does not fit `lora` or the base model.
+        VersionCollected: it is collected.
+        VersionInvalid: it is broken, or does not fit `lora` or the base model; the message names the field or the key.
+        ArgumentInvalid: the folder holds no such model, or target modules match none of its layers.
         Occupied: something else lies at `uri`.
         UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
     """
     uri, source_uri = uris.normalise(uri), uris.normalise(source_uri)
+    if uri != source_uri and _is_fork(find_manifest(uri), source_uri, adapter_uid):
+        return read_version(uri)
+    found = find_manifest(source_uri)
+    if found is None:
+        refuse_collected(open_store(source_uri), source_uri)
+    _check_fits(source_uri, read_config(source_uri), found.base_model if found else "", base_model_id, lora)
+    expected = expected_shapes(linear_shapes(model_dir, lora.target_modules), lora.r)
+    largest = sum(4 * rows * columns for rows, columns in expected.values()) + MAX_HEADER_BYTES
+    if found and found.files[ADAPTER].size > largest:
+        raise VersionInvalid(f"{source_uri}: {ADAPTER} has more than the {largest} bytes that spec.lora can need")
+
+    def check(at: str, config: Mapping[str, Any], tensors: Tensors) -> None:
+        check_config(at, config, base_model_id)
+        check_tensors(at, tensors, expected)
+
+    manifest = Manifest(base_model=base_model_id, adapter_uid=adapter_uid)
     if uri == source_uri:
-        adopted = read_version(uri, adopt=True, base_model=base_model_id)
-        _check_fits(adopted.uri, adopted.config, adopted.manifest.base_model, base_model_id, lora)
+        if found is None:
+            adopt_folder(uri, manifest, check, max_bytes=largest)
+        adopted = read_version(uri)
+        check(uri, adopted.config, adopted.tensors)
         return adopted
     optimizer: OptimizerState | None = None
-    if find_manifest(source_uri):
+    if found:
         source = read_version(source_uri)
         config, tensors, optimizer, digest = source.config, source.tensors, source.optimizer, source.manifest_sha256
-        _check_fits(source_uri, config, source.manifest.base_model, base_model_id, lora)
     else:
-        config, tensors, digest = read_peft_folder(source_uri)
-        _check_fits(source_uri, config, "", base_model_id, lora)
-    parent = ParentVersion(uri=source_uri, sha256=digest)
-    manifest = Manifest(base_model=base_model_id, adapter_uid=adapter_uid, parent=parent)
+        config, tensors, digest = read_peft_folder(source_uri, max_bytes=largest)
+    check(source_uri, config, tensors)
+    manifest = manifest.model_copy(update={"parent": ParentVersion(uri=source_uri, sha256=digest)})
     return _existing(uri, manifest) or _write(uri, config, tensors, optimizer, manifest)
 
 
@@ -132,6 +159,10 @@ def linear_shapes(model_dir: Path, target_modules: Sequence[str]) -> dict[str, t
             continue
         if module.rpartition(".")[2] in _EMBEDDINGS:
             raise ArgumentInvalid(f"spec.lora.targetModules: {sorted(targets)[0]} is an embedding, not a linear layer")
+        if module.rpartition(".")[2] in _HEADS:
+            raise ArgumentInvalid(
+                f"spec.lora.targetModules: {sorted(targets)[0]} is the output layer, not adapted here"
+            )
         if ".experts." in module:
             raise ArgumentInvalid(f"spec.lora.targetModules: {sorted(targets)[0]} matches mixture-of-experts layers")
         shapes[module] = (shape[0], shape[1])
@@ -151,8 +182,8 @@ def fresh_tensors(shapes: Mapping[str, tuple[int, int]], rank: int, seed: str) -
         generator = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{module}".encode()).digest()))
         # kaiming_uniform_(a=sqrt(5)): bound = sqrt(6 / ((1 + a^2) * fan_in)) = 1 / sqrt(fan_in)
         uniform = generator.random((rank, columns), dtype=np.float32)
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = (2 * uniform - 1) / np.float32(np.sqrt(columns))
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.zeros((rows, rank), dtype=np.float32)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = (2 * uniform - 1) / np.float32(np.sqrt(columns))
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.zeros((rows, rank), dtype=np.float32)
     return tensors
 
 
@@ -184,11 +215,20 @@ def _existing(uri: str, wanted: Manifest) -> Version | None:
     """
     found = find_manifest(uri)
     if found is None:
+        if read_tombstone(open_store(uri), uri):
+            raise Occupied(f"{uri} held a version that was collected: choose another spec.storage.uri")
         return None
     identity = (found.adapter_uid, found.base_model, found.parent, found.request_uid)
     if identity != (wanted.adapter_uid, wanted.base_model, wanted.parent, ""):
         raise Occupied(f"{uri} already holds another adapter's version: {_way_out(uri)}")
     return read_version(uri)
+
+
+def _is_fork(found: Manifest | None, source_uri: str, adapter_uid: str) -> bool:
+    """Whether an earlier try of this adapter has taken that source over."""
+    if found is None or found.parent is None or found.request_uid:
+        return False
+    return found.adapter_uid == adapter_uid and found.parent.uri == source_uri
 
 
 def _write(
@@ -228,10 +268,10 @@ def _way_out(uri: str) -> str:
 
 def _check_fits(uri: str, config: dict[str, Any], base_model: str, wanted_base_model: str, lora: Lora) -> None:
     """What the LoraAdapter says of itself must be true of what it starts from."""
+    check_patterns(uri, config)
     if base_model and base_model != wanted_base_model:
         raise VersionInvalid(f"{uri} belongs to the base model {base_model[:253]}: set spec.baseModel to it")
-    targets = config["target_modules"]
-    found = (config["r"], float(config["lora_alpha"]), sorted(targets if isinstance(targets, list) else [targets]))
+    found = (config["r"], float(config["lora_alpha"]), sorted(config["target_modules"]))
     if found != (lora.r, lora.alpha, sorted(lora.target_modules)):
         shown = f"r {found[0]}, alpha {found[1]:g} and targetModules {', '.join(found[2])[:400]}"
         raise VersionInvalid(f"{uri} has {shown}: set spec.lora to these")

@@ -35,6 +35,16 @@ class NotFound(StoreError):
     reason = Reason.ADAPTER_INVALID
 
 
+class VersionCollected(NotFound):
+    """The version bears a tombstone: it is being collected, or was; the message says when and why."""
+
+
+class NotTombstoned(StoreError):
+    """A version that nobody declared dead must not be deleted."""
+
+    reason = Reason.VERSION_CONFLICT
+
+
 class AlreadyExists(StoreError):
     """Another writer's object lies at the uri of a conditional put; for a step, the next attempt takes another uri."""
 

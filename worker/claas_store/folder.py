@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 import uuid
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from claas_store import uris
 from claas_store.errors import AlreadyExists, NotFound, StorageDenied, StorageUnavailable, StoreError, TooLarge
-from claas_store.limits import MAX_OBJECT_BYTES
+from claas_store.limits import CHUNK_BYTES, MAX_OBJECT_BYTES
+from claas_store.listing import Entry, Upload
 
 _SCRATCH = ".claas-partial-"  # a file in the making; a killed writer leaves it behind, and readers never see it
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
@@ -41,22 +45,28 @@ class FolderStore:
 
     def get(self, uri: str, *, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
         """See `Store.get`."""
-        with _errors(uri), self._folder(uri) as (folder, name):
-            # Non-blocking: the open of a FIFO would wait for its writer.
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                status = os.fstat(file)
-                if not stat.S_ISREG(status.st_mode):
-                    raise StorageDenied(f"{uri} is not a regular file")
-                if status.st_size > max_bytes:
-                    raise TooLarge(f"{uri} has {status.st_size} bytes, at most {max_bytes} are read")
-                with open(file, "rb", closefd=False) as stream:
-                    return stream.read(max_bytes)
-            finally:
-                os.close(file)
+        with self._open(uri, max_bytes) as stream:
+            return stream.read(max_bytes)
+
+    def digest(self, uri: str, *, max_bytes: int = MAX_OBJECT_BYTES) -> tuple[str, int]:
+        """See `Store.digest`."""
+        digest, size = hashlib.sha256(), 0
+        with self._open(uri, max_bytes) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+        return digest.hexdigest(), size
 
     def put(self, uri: str, data: bytes, *, if_absent: bool = True) -> None:
         """See `Store.put`."""
+        for last in (False, False, True):
+            try:
+                return self._put(uri, data, if_absent)
+            except NotFound:  # the folder was emptied, and so removed, between its making and its use
+                if last:
+                    raise
+
+    def _put(self, uri: str, data: bytes, if_absent: bool) -> None:
         with _errors(uri), self._folder(uri, create=True) as (folder, name):
             scratch = f"{_SCRATCH}{uuid.uuid4().hex}"
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -77,24 +87,74 @@ class FolderStore:
             os.fsync(folder)
 
     def delete(self, uri: str) -> None:
-        """See `Store.delete`."""
+        """See `Store.delete`. A folder that it empties goes too, as in an object store."""
         with contextlib.suppress(NotFound), _errors(uri), self._folder(uri) as (folder, name):
             os.unlink(name, dir_fd=folder)
+        location = uris.parse(uri)
+        above = uris.Location("file", "", location.segments[:-1]).object_uri
+        with contextlib.suppress(OSError, StoreError), self._folder(above) as (folder, name):
+            os.rmdir(name, dir_fd=folder)
 
     def list(self, prefix: str) -> Sequence[tuple[str, int]]:
         """See `Store.list`. Symbolic links and other special files are no objects."""
+        return [(entry.uri, entry.size) for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str, starting: str = "") -> Sequence[Entry]:
+        """See `Store.entries`."""
+        return [
+            Entry(uri, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+            for uri, status in self._files(prefix, starting)
+            if not uri.rpartition("/")[2].startswith(_SCRATCH)
+        ]
+
+    def uploads(self, prefix: str, starting: str = "") -> Sequence[Upload]:
+        """See `Store.uploads`: files in the making, whose writers were killed or are at work."""
+        return [
+            Upload(uri, "", datetime.fromtimestamp(status.st_mtime, UTC))
+            for uri, status in self._files(prefix, starting)
+            if uri.rpartition("/")[2].startswith(_SCRATCH)
+        ]
+
+    def discard(self, upload: Upload) -> None:
+        """See `Store.discard`."""
+        self.delete(upload.uri)
+
+    def _files(self, prefix: str, starting: str) -> Sequence[tuple[str, os.stat_result]]:
         top = uris.normalise(prefix)
         found = []
         with contextlib.suppress(NotFound), _errors(top), self._folder(uris.join(top, "any")) as (folder, _):
-            for path, _, names, descriptor in os.fwalk(".", dir_fd=folder, follow_symlinks=False, onerror=_unless_gone):
+            walk = os.fwalk(".", dir_fd=folder, follow_symlinks=False, onerror=_unless_gone)
+            for path, folders, names, descriptor in walk:
+                if path == ".":
+                    folders[:] = [name for name in folders if name.startswith(starting)]
+                    names = [name for name in names if name.startswith(starting)]
                 for name in names:
-                    if name.startswith(_SCRATCH):
-                        continue
                     with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                         status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
                         if stat.S_ISREG(status.st_mode):
-                            found.append((top + os.path.normpath(os.path.join(path, name)), status.st_size))
-        return sorted(found)
+                            found.append((top + os.path.normpath(os.path.join(path, name)), status))
+        return sorted(found, key=lambda one: one[0])
+
+    @contextlib.contextmanager
+    def _open(self, uri: str, max_bytes: int) -> Iterator[BinaryIO]:
+        """The object's bytes, as a stream.
+
+        Raises:
+            NotFound, TooLarge, StorageDenied, StorageUnavailable: as `Store.get`.
+        """
+        with _errors(uri), self._folder(uri) as (folder, name):
+            # Non-blocking: the open of a FIFO would wait for its writer.
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                status = os.fstat(file)
+                if not stat.S_ISREG(status.st_mode):
+                    raise StorageDenied(f"{uri} is not a regular file")
+                if status.st_size > max_bytes:
+                    raise TooLarge(f"{uri} has {status.st_size} bytes, at most {max_bytes} are read")
+                with open(file, "rb", closefd=False) as stream:
+                    yield stream
+            finally:
+                os.close(file)
 
     @contextlib.contextmanager
     def _folder(self, uri: str, *, create: bool = False) -> Iterator[tuple[int, str]]:

@@ -4,10 +4,20 @@ A put that may be repeated needs care: boto3's own retries would answer 412 to a
 answer was lost. So conditional writes go through a client that never retries; every put carries a random token in its
 object's metadata, and when a 412 follows a try that ended without an answer, the token of what lies there tells ours
 from another's.
+
+Settings, besides the AWS_* variables that boto3 reads itself:
+- AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL: anything but AWS (MinIO, SeaweedFS, R2). Checksum trailers, which some of
+  them refuse, are then sent only where S3 requires one; what is read is checked against the manifest anyway.
+- CLAAS_S3_ADDRESSING: `path` (endpoint/bucket/key), `virtual` (bucket.endpoint/key) or `auto`: path with an endpoint of
+  its own, virtual at AWS.
+- CLAAS_S3_ENCRYPTION: `AES256` (SSE-S3), `aws:kms` (SSE-KMS) or empty: what the bucket's default says. It goes with
+  every object that is written.
+- CLAAS_S3_KMS_KEY_ID: id or ARN of the key for `aws:kms`; the account's default key when empty.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 import uuid
@@ -38,7 +48,8 @@ from claas_store.errors import (
     TooLarge,
     UriInvalid,
 )
-from claas_store.limits import MAX_OBJECT_BYTES
+from claas_store.limits import CHUNK_BYTES, MAX_OBJECT_BYTES
+from claas_store.listing import Entry, Upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -49,7 +60,8 @@ READ_SECONDS: Final = 30  # without a byte; a slow transfer may take longer
 BACKOFF_SECONDS: Final = 0.2  # before the second try, doubled for each later one, with jitter
 PART_BYTES: Final = 64 * 2**20  # an object above goes up in parts of this size, a failed one alone goes up again
 PART_THREADS: Final = 4
-CHUNK_BYTES: Final = 2**20
+ADDRESSING: Final = ("auto", "path", "virtual")
+ENCRYPTION: Final = ("", "AES256", "aws:kms")
 
 T = TypeVar("T")
 
@@ -70,10 +82,11 @@ class S3Store:
     """`s3://` uris at one endpoint with one set of credentials; see `claas_store.stores.Store` for the methods.
 
     Args:
-        environment: the AWS_* variables. Only the endpoint and the region are read here, boto3 reads the rest itself.
+        environment: the AWS_* and CLAAS_S3_* variables. Of AWS_* only the endpoint and the region are read here, boto3
+            reads the rest itself.
 
     Raises:
-        StorageDenied: the endpoint is not an address.
+        StorageDenied: the endpoint is not an address, or a setting has no such value.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -81,13 +94,17 @@ class S3Store:
         self._endpoint = endpoint or "AWS"
         session = boto3.session.Session()  # not boto3's shared one, which is not safe to use from several threads
         region = environment.get("AWS_REGION") or session.region_name or "us-east-1"
+        checksums: Any = "when_required" if endpoint else None  # None: boto3's default, CRC trailers, as AWS likes it
         config = Config(
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
             max_pool_connections=16,
-            s3={"addressing_style": "path"} if endpoint else {},
+            s3={"addressing_style": _addressing(environment, endpoint)},
+            request_checksum_calculation=checksums,
+            response_checksum_validation=checksums,
         )
+        self._encryption = _encryption(environment)
         once = config.merge(Config(retries={"total_max_attempts": 1}))
         try:
             self._client: S3Client = session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
@@ -97,17 +114,22 @@ class S3Store:
 
     def get(self, uri: str, *, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
         """See `Store.get`."""
-        bucket, key = _split(uri)
+        with self._errors(uri):
+            # Ours, because boto3's own would not cover a body that breaks off.
+            return self._retry(lambda: b"".join(self._chunks(uri, max_bytes)))
 
-        def fetch() -> bytes:
-            answer = self._once.get_object(Bucket=bucket, Key=key)
-            with closing(answer["Body"]) as body:
-                if answer["ContentLength"] > max_bytes:
-                    raise TooLarge(f"{uri} has {answer['ContentLength']} bytes, at most {max_bytes} are read")
-                return b"".join(body.iter_chunks(CHUNK_BYTES))
+    def digest(self, uri: str, *, max_bytes: int = MAX_OBJECT_BYTES) -> tuple[str, int]:
+        """See `Store.digest`."""
+
+        def read() -> tuple[str, int]:
+            digest, size = hashlib.sha256(), 0
+            for chunk in self._chunks(uri, max_bytes):
+                digest.update(chunk)
+                size += len(chunk)
+            return digest.hexdigest(), size
 
         with self._errors(uri):
-            return self._retry(fetch)  # ours, because boto3's own would not cover a body that breaks off
+            return self._retry(read)
 
     def put(self, uri: str, data: bytes, *, if_absent: bool = True) -> None:
         """See `Store.put`. A conditional put within this call may be sent several times; its answer is the same."""
@@ -116,10 +138,13 @@ class S3Store:
         condition: Any = {"IfNoneMatch": "*"} if if_absent else {}
         with self._errors(uri):
             if len(data) <= PART_BYTES:
-                last: Any = {"Bucket": bucket, "Key": key, "Body": data, "Metadata": {_TOKEN: token}, **condition}
+                last: Any = {"Bucket": bucket, "Key": key, "Body": data, "Metadata": {_TOKEN: token}}
+                last |= condition | self._encryption
                 self._write(lambda: self._once.put_object(**last), bucket, key, token)
                 return
-            upload = self._client.create_multipart_upload(Bucket=bucket, Key=key, Metadata={_TOKEN: token})["UploadId"]
+            # The parts take the upload's encryption; they must not name one themselves.
+            begin: Any = {"Bucket": bucket, "Key": key, "Metadata": {_TOKEN: token}, **self._encryption}
+            upload = self._client.create_multipart_upload(**begin)["UploadId"]
             try:
                 whole: Any = {"Bucket": bucket, "Key": key, "UploadId": upload, **condition}
                 whole["MultipartUpload"] = {"Parts": self._upload_parts(bucket, key, upload, data)}
@@ -146,15 +171,52 @@ class S3Store:
 
     def list(self, prefix: str) -> Sequence[tuple[str, int]]:
         """See `Store.list`."""
-        location = uris.parse(prefix)
-        below = f"{location.key}/" if location.segments else ""
+        return [(entry.uri, entry.size) for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str, starting: str = "") -> Sequence[Entry]:
+        """See `Store.entries`."""
+        location, below = _below(prefix, starting)
         with self._errors(location.folder_uri):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=location.bucket, Prefix=below)
             return sorted(
-                (f"s3://{location.bucket}/{entry['Key']}", entry["Size"])
+                Entry(f"s3://{location.bucket}/{entry['Key']}", entry["Size"], entry["LastModified"])
                 for page in pages
                 for entry in page.get("Contents", [])
             )
+
+    def uploads(self, prefix: str, starting: str = "") -> Sequence[Upload]:
+        """See `Store.uploads`: multipart uploads without an end. MinIO lists none of them and ends them itself."""
+        location, below = _below(prefix, starting)
+        with self._errors(location.folder_uri):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=location.bucket, Prefix=below)
+            return sorted(
+                Upload(f"s3://{location.bucket}/{upload['Key']}", upload["UploadId"], upload["Initiated"])
+                for page in pages
+                for upload in page.get("Uploads", [])
+            )
+
+    def discard(self, upload: Upload) -> None:
+        """See `Store.discard`."""
+        bucket, key = _split(upload.uri)
+        with self._errors(upload.uri):
+            try:
+                self._client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload.token)
+            except ClientError as error:
+                if _code(error) != "NoSuchUpload":
+                    raise
+
+    def _chunks(self, uri: str, max_bytes: int) -> Iterator[bytes]:
+        """The object's bytes, piece by piece.
+
+        Raises:
+            TooLarge: it has more than `max_bytes`; none was read.
+        """
+        bucket, key = _split(uri)
+        answer = self._once.get_object(Bucket=bucket, Key=key)
+        with closing(answer["Body"]) as body:
+            if answer["ContentLength"] > max_bytes:
+                raise TooLarge(f"{uri} has {answer['ContentLength']} bytes, at most {max_bytes} are read")
+            yield from body.iter_chunks(CHUNK_BYTES)
 
     def _write(self, send: Callable[[], object], bucket: str, key: str, token: str) -> None:
         """Sends a conditional write until it has an answer; a 412 after a lost one is success if the token is ours."""
@@ -247,6 +309,40 @@ class S3Store:
         if status == 404:
             return NotFound(f"{uri} does not exist")
         return StorageDenied(said)
+
+
+def _addressing(environment: Mapping[str, str], endpoint: str | None) -> Any:
+    """botocore's word for where the bucket's name goes.
+
+    Raises:
+        StorageDenied: no such setting.
+    """
+    chosen = environment.get("CLAAS_S3_ADDRESSING") or "auto"
+    if chosen not in ADDRESSING:
+        raise StorageDenied(f"CLAAS_S3_ADDRESSING {chosen[:32]!r} must be one of {', '.join(ADDRESSING)}")
+    return "path" if chosen == "auto" and endpoint else chosen
+
+
+def _encryption(environment: Mapping[str, str]) -> dict[str, str]:
+    """What every write says of server-side encryption.
+
+    Raises:
+        StorageDenied: no such setting, or a key that would not be used.
+    """
+    mode, key = (environment.get(name) or "" for name in ("CLAAS_S3_ENCRYPTION", "CLAAS_S3_KMS_KEY_ID"))
+    if mode not in ENCRYPTION:
+        raise StorageDenied(f"CLAAS_S3_ENCRYPTION {mode[:32]!r} must be AES256, aws:kms or empty")
+    if key and mode != "aws:kms":
+        raise StorageDenied("CLAAS_S3_KMS_KEY_ID needs CLAAS_S3_ENCRYPTION aws:kms: nothing would use the key")
+    if not mode:
+        return {}
+    return {"ServerSideEncryption": mode} | ({"SSEKMSKeyId": key} if key else {})
+
+
+def _below(prefix: str, starting: str) -> tuple[uris.Location, str]:
+    """A folder, and what the keys in it that begin with `starting` begin with."""
+    location = uris.parse(prefix)
+    return location, (f"{location.key}/" if location.segments else "") + starting
 
 
 def _split(uri: str) -> tuple[str, str]:

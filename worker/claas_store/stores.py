@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from claas_store import uris
 from claas_store.errors import StorageDenied
 from claas_store.folder import FolderStore
 from claas_store.limits import MAX_OBJECT_BYTES
+from claas_store.listing import Entry, Upload
 
 FILE_ROOTS = "CLAAS_FILE_ROOTS"
 
@@ -39,27 +40,48 @@ class Store(Protocol):
     def delete(self, uri: str) -> None:
         """Removes the object; none is fine."""
 
+    def digest(self, uri: str, *, max_bytes: int = MAX_OBJECT_BYTES) -> tuple[str, int]:
+        """(sha256, size in bytes) of the object, of which no more than a piece is in memory at a time.
+
+        Raises:
+            NotFound, TooLarge, StorageUnavailable, StorageDenied: as `get`.
+        """
+
     def list(self, prefix: str) -> Sequence[tuple[str, int]]:
         """(uri, size in bytes) of every object below the folder `prefix`, sorted; empty when there is none."""
+
+    def entries(self, prefix: str, starting: str = "") -> Sequence[Entry]:
+        """The objects below the folder `prefix` whose path in it begins with the characters `starting`, sorted."""
+
+    def uploads(self, prefix: str, starting: str = "") -> Sequence[Upload]:
+        """What writers began below the folder `prefix` and did not finish, where the path begins with `starting`."""
+
+    def discard(self, upload: Upload) -> None:
+        """Frees what an unfinished upload takes; none is fine."""
 
 
 def open_store(uri: str) -> Store:
     """The store that `uri` lies in.
 
     `s3://` takes its settings from boto3's own environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_REGION …); `file://` is refused but below the folders in CLAAS_FILE_ROOTS
-    (colon-separated).
+    AWS_SECRET_ACCESS_KEY, AWS_REGION …) and from CLAAS_S3_* (see `claas_store.s3`); `file://` is refused but below the
+    folders in CLAAS_FILE_ROOTS (colon-separated).
 
     Raises:
         UriInvalid: neither scheme.
         StorageDenied: no file roots, or settings that cannot be used.
     """
     if uris.parse(uri).scheme == "s3":
-        return _s3(tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))))
+        return _s3(tuple(sorted(s3_environment(os.environ).items())))
     roots = [root for root in os.environ.get(FILE_ROOTS, "").split(":") if root]
     if not roots:
         raise StorageDenied(f"file:// is off: name the folders that may be used in {FILE_ROOTS} (colon-separated)")
     return FolderStore(roots)
+
+
+def s3_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that say where the object store is and how it is used."""
+    return {name: value for name, value in environment.items() if name.startswith(("AWS_", "CLAAS_S3_"))}
 
 
 @lru_cache(maxsize=4)

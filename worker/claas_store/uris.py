@@ -133,6 +133,37 @@ def next_version_uri(parent_uri: str, request_created: str, request_uid: str, at
     return normalise(Location(parent.scheme, parent.bucket, (*parent.segments[:-1], name)).folder_uri)
 
 
+def beside(uri: str, name: str) -> str:
+    """The version `name` of the adapter whose first version lies at `uri`: the first itself, or one of its suffixes.
+
+    Raises:
+        UriInvalid: a bad uri, or `name` is neither: what lies there is another's.
+    """
+    root = parse(normalise(uri))
+    if not is_beside(uri, name):
+        raise UriInvalid(f"{name[:253]!r} is no name of a version of {root.folder_uri}")
+    return normalise(Location(root.scheme, root.bucket, (*root.segments[:-1], name)).folder_uri)
+
+
+def is_beside(uri: str, name: str) -> bool:
+    """Whether a folder of this name, in the same folder as `uri`, can hold a version of the same adapter."""
+    own = _OWN_SUFFIX.fullmatch(name)
+    return name == version_name(uri) or (own is not None and own["base"] == base_name(uri))
+
+
+def base_name(uri: str) -> str:
+    """What the names of all versions beside `uri` begin with: its own name without our suffix."""
+    name = version_name(uri)
+    own = _OWN_SUFFIX.fullmatch(name)
+    return own["base"] if own else name
+
+
+def parent_folder(uri: str) -> str:
+    """The folder that the version at `uri` lies in: a bucket (`s3://bucket/`), perhaps, or the file system's root."""
+    location = parse(normalise(uri))
+    return Location(location.scheme, location.bucket, location.segments[:-1]).folder_uri
+
+
 def within(uri: str, prefixes: Iterable[str]) -> bool:
     """Whether `uri` lies at least one segment below one of `prefixes`; False for what is not a uri.
 

@@ -1,6 +1,7 @@
 """A version: adapter_config.json, adapter_model.safetensors, optimizer.safetensors and, last, its manifest claas.json.
 
 A version without a manifest does not exist: a writer that was killed in between leaves nothing that anyone can read.
+One with a tombstone (`claas_store.tombstone`) is being collected, and readers refuse it.
 The manifest holds the digest of every file, so what is read is what was written. Only safetensors is read; nothing is
 ever unpickled.
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,25 +31,29 @@ from pydantic import Field, JsonValue, StringConstraints, ValidationError
 from claas_crds.model import StatusModel
 from claas_crds.request import Metadata
 from claas_store import uris
+from claas_store.checks import ADAPTER, CONFIG, check_config, check_expressions, check_finite, shown
 from claas_store.errors import AlreadyExists, NotFound, VersionInvalid
 from claas_store.limits import (
     MAX_ADAPTER_BYTES,
+    MAX_ALPHA,
     MAX_CONFIG_BYTES,
     MAX_FILES,
+    MAX_HEADER_BYTES,
     MAX_MANIFEST_BYTES,
     MAX_OBJECT_BYTES,
     MAX_OPTIMIZER_BYTES,
+    MAX_RANK,
 )
 from claas_store.stores import Store, open_store
+from claas_store.tombstone import MANIFEST, read_tombstone, refuse_collected
 
-MANIFEST: Final = "claas.json"
-CONFIG: Final = "adapter_config.json"
-ADAPTER: Final = "adapter_model.safetensors"
 OPTIMIZER: Final = "optimizer.safetensors"
 
 _BOUNDS = {CONFIG: MAX_CONFIG_BYTES, ADAPTER: MAX_ADAPTER_BYTES, OPTIMIZER: MAX_OPTIMIZER_BYTES}
 _HEADER_KEY = "claas"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes
+_MAX_DIMENSIONS = 8
 
 Tensors = Mapping[str, NDArray[np.float32]]
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
@@ -82,7 +88,7 @@ class Manifest(StatusModel):
     base_model: str = Field(max_length=253)
     parent: ParentVersion | None = Field(None, description="Absent for an adapter's first version.")
     adapter_uid: str = Field(
-        "", max_length=64, description="Of a first version: the LoraAdapter that it was created for."
+        "", max_length=64, description="The LoraAdapter that it was made for; empty for a request that names none."
     )
     request_uid: str = Field("", max_length=64, description="Of a later one: the DistillRequest that made it.")
     attempt: int = Field(1, ge=1)
@@ -118,47 +124,104 @@ class Version:
     optimizer: OptimizerState | None
 
 
-def read_version(uri: str, *, adopt: bool = False, base_model: str = "") -> Version:
+def read_version(uri: str, *, adopt: bool = False, base_model: str = "", max_bytes: int = MAX_ADAPTER_BYTES) -> Version:
     """Reads a version and checks every byte of it against its manifest.
 
     Args:
         adopt: a PEFT folder of somebody else's gets a manifest and is a version from then on. What a killed step left
             behind is never adopted.
         base_model: for the manifest of an adopted folder; by default what its config names.
+        max_bytes: of the adapter file, and twice of its optimizer state; larger ones are not read.
 
     Raises:
         NotFound: no manifest (the version does not exist), or a listed file is missing.
+        VersionCollected: it bears a tombstone, also after a little while.
         VersionInvalid: a digest, a size, a format; the message names the file.
         UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
     """
     uri = uris.normalise(uri)
     store = open_store(uri)
-    found = _read_manifest(store, uri)
+    found = read_manifest(store, uri)
     if found is None:
+        refuse_collected(store, uri)
         if not adopt:
             raise NotFound(f"{uri} is no version: it has no {MANIFEST} (a version without a manifest does not exist)")
-        if uris.is_step_output(uri):
-            raise NotFound(f"{uri} is what an unfinished step left behind: it has no {MANIFEST}")
-        found = _adopt(store, uri, base_model)
+        found = adopt_folder(uri, Manifest(base_model=base_model), _check_foreign, max_bytes=max_bytes)
     manifest, digest = found
-    with ThreadPoolExecutor(len(manifest.files) or 1) as threads:
+    for name, most in ((ADAPTER, max_bytes), (OPTIMIZER, 2 * max_bytes)):
+        if name in manifest.files and manifest.files[name].size > most:
+            raise VersionInvalid(f"{uri}: {name} has {manifest.files[name].size} bytes, at most {most} are read here")
+    with ThreadPoolExecutor(len(manifest.files) + 1) as threads:
+        dying = threads.submit(read_tombstone, store, uri)
         reads = {name: threads.submit(_read_file, store, uri, name, known) for name, known in manifest.files.items()}
-        files = {name: read.result() for name, read in reads.items()}
+        try:
+            files = {name: read.result() for name, read in reads.items()}
+        except NotFound:
+            refuse_collected(store, uri)  # deleted while it was read
+            raise
+        if dying.result():
+            refuse_collected(store, uri)
     optimizer = parse_optimizer(files[OPTIMIZER], uri) if OPTIMIZER in files else None
     return Version(
         uri, manifest, digest, parse_config(files[CONFIG], uri), parse_adapter(files[ADAPTER], uri), optimizer
     )
 
 
-def read_peft_folder(uri: str) -> tuple[dict[str, Any], Tensors, str]:
+def read_peft_folder(uri: str, *, max_bytes: int = MAX_ADAPTER_BYTES) -> tuple[dict[str, Any], Tensors, str]:
     """(config, tensors, sha256 of the adapter file) of a PEFT folder, manifest or not; nothing is written.
+
+    Args:
+        max_bytes: of the adapter file; a larger one is not read.
 
     Raises:
         NotFound, VersionInvalid, UriInvalid, StorageUnavailable, StorageDenied: as `read_version`.
     """
     uri = uris.normalise(uri)
-    config, adapter = _read_peft(open_store(uri), uri)
+    config, adapter = _read_peft(open_store(uri), uri, max_bytes)
     return parse_config(config, uri), parse_adapter(adapter, uri), _sha256(adapter)
+
+
+def read_config(uri: str) -> dict[str, Any]:
+    """The config of a version or a PEFT folder, as it lies there: no digest is checked.
+
+    Raises:
+        NotFound, VersionInvalid, UriInvalid, StorageUnavailable, StorageDenied: as `read_version`.
+    """
+    uri = uris.normalise(uri)
+    return parse_config(open_store(uri).get(uris.join(uri, CONFIG), max_bytes=MAX_CONFIG_BYTES), uri)
+
+
+def adopt_folder(
+    uri: str,
+    manifest: Manifest,
+    check: Callable[[str, dict[str, Any], Tensors], None],
+    *,
+    max_bytes: int = MAX_ADAPTER_BYTES,
+) -> tuple[Manifest, str]:
+    """Gives a PEFT folder its manifest, or reads the one that another adopter gave it first.
+
+    Args:
+        manifest: everything but `files`, `codeVersion` and `createdAt`; a base model that is empty is the config's.
+        check: of uri, config and tensors; what it raises is raised before anything is written.
+        max_bytes: of the adapter file; a larger one is not read.
+
+    Raises:
+        NotFound, VersionInvalid, UriInvalid, StorageUnavailable, StorageDenied: as `read_version`.
+    """
+    if uris.is_step_output(uri):
+        raise NotFound(f"{uri} is what an unfinished step left behind: it has no {MANIFEST}")
+    store = open_store(uri)
+    files = dict(zip((CONFIG, ADAPTER), _read_peft(store, uri, max_bytes), strict=True))
+    config = parse_config(files[CONFIG], uri)
+    check(uri, config, parse_adapter(files[ADAPTER], uri))
+    named = manifest.base_model or str(config.get("base_model_name_or_path") or "")
+    try:
+        return put_manifest(store, uri, manifest.model_copy(update={"base_model": named[:253]}), files)
+    except AlreadyExists:
+        found = read_manifest(store, uri)
+        if found is None:
+            raise
+        return found
 
 
 def find_manifest(uri: str) -> Manifest | None:
@@ -169,7 +232,7 @@ def find_manifest(uri: str) -> Manifest | None:
         UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
     """
     uri = uris.normalise(uri)
-    found = _read_manifest(open_store(uri), uri)
+    found = read_manifest(open_store(uri), uri)
     return found[0] if found else None
 
 
@@ -253,13 +316,14 @@ def parse_config(data: bytes, uri: str) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise VersionInvalid(f"{uri}: {CONFIG}: peft_type must be LORA, is {str(config.get('peft_type'))[:32]!r}")
     rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 512:
-        raise VersionInvalid(f"{uri}: {CONFIG}: r must be a whole number from 1 to 512")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
-        raise VersionInvalid(f"{uri}: {CONFIG}: lora_alpha must be a number above 0")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+        raise VersionInvalid(f"{uri}: {CONFIG}: r must be a whole number from 1 to {MAX_RANK}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= MAX_ALPHA:
+        raise VersionInvalid(f"{uri}: {CONFIG}: lora_alpha must be a number above 0, at most {MAX_ALPHA}")
     names = isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in targets)
     if not names and not (isinstance(targets, str) and targets):
         raise VersionInvalid(f"{uri}: {CONFIG}: target_modules must be a list of names")
+    check_expressions(f"{uri}: {CONFIG}", config)
     return config
 
 
@@ -288,10 +352,8 @@ def parse_optimizer(data: bytes, uri: str) -> OptimizerState:
     first, second = (moments[moment] for moment in _MOMENTS)
     if {name: value.shape for name, value in first.items()} != {name: value.shape for name, value in second.items()}:
         raise VersionInvalid(f"{what}: exp_avg and exp_avg_sq differ in names or shapes")
-    # The header's length is the first 8 bytes; deserialising has checked it.
-    header = _parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], what).get("__metadata__", {})
     try:
-        state = _OptimizerHeader.model_validate_json(header[_HEADER_KEY])
+        state = _OptimizerHeader.model_validate_json(_check_header(data, what)["__metadata__"][_HEADER_KEY])
     except (KeyError, ValidationError):
         raise VersionInvalid(f"{what}: its header lacks step, rank or targetModules") from None
     return OptimizerState(state.step, state.rank, tuple(sorted(state.target_modules)), first, second)
@@ -304,23 +366,36 @@ class _OptimizerHeader(StatusModel):
     target_modules: list[str]
 
 
-def _read_manifest(store: Store, uri: str) -> tuple[Manifest, str] | None:
-    """(manifest, sha256 of its bytes), checked to be usable; None when there is none."""
+def read_manifest(store: Store, uri: str) -> tuple[Manifest, str] | None:
+    """(manifest, sha256 of its bytes), checked to be usable; None when there is none.
+
+    Raises:
+        VersionInvalid, StorageUnavailable, StorageDenied: as `find_manifest`.
+    """
     try:
         data = store.get(uris.join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
     except NotFound:
         return None
+    return parse_manifest(data, f"{uri}: {MANIFEST}")
+
+
+def parse_manifest(data: bytes, what: str) -> tuple[Manifest, str]:
+    """(manifest, sha256 of its bytes), checked to be usable.
+
+    Raises:
+        VersionInvalid: not JSON, or not of the schema; the message begins with `what`.
+    """
     try:
-        manifest = Manifest.model_validate(_parse_json(data, f"{uri}: {MANIFEST}"))
+        manifest = Manifest.model_validate(_parse_json(data, what))
     except ValidationError as error:
         fields = ", ".join(sorted({".".join(map(str, problem["loc"][:2])) or "." for problem in error.errors()})[:5])
-        raise VersionInvalid(f"{uri}: {MANIFEST} does not fit its schema: {fields[:200]}") from None
+        raise VersionInvalid(f"{what} does not fit its schema: {fields[:200]}") from None
     for name in (CONFIG, ADAPTER):
         if name not in manifest.files:
-            raise VersionInvalid(f"{uri}: {MANIFEST} lists no {name}")
+            raise VersionInvalid(f"{what} lists no {name}")
     for name, bound in _BOUNDS.items():
         if name in manifest.files and manifest.files[name].size > bound:
-            raise VersionInvalid(f"{uri}: {name} has {manifest.files[name].size} bytes, at most {bound} are read")
+            raise VersionInvalid(f"{what}: {name} has {manifest.files[name].size} bytes, at most {bound} are read")
     return manifest, _sha256(data)
 
 
@@ -331,27 +406,20 @@ def _read_file(store: Store, uri: str, name: str, known: FileDigest) -> bytes:
     return data
 
 
-def _read_peft(store: Store, uri: str) -> tuple[bytes, bytes]:
+def _read_peft(store: Store, uri: str, max_bytes: int) -> tuple[bytes, bytes]:
     config = store.get(uris.join(uri, CONFIG), max_bytes=MAX_CONFIG_BYTES)
     try:
-        return config, store.get(uris.join(uri, ADAPTER), max_bytes=MAX_ADAPTER_BYTES)
+        return config, store.get(uris.join(uri, ADAPTER), max_bytes=max_bytes)
     except NotFound:
-        raise NotFound(f"{uri} has no {ADAPTER} (pickled adapters are never read: save as safetensors)") from None
+        raise NotFound(
+            f"{uri} has no {ADAPTER} (pickled adapters are never read, such as adapter_model.bin: save as safetensors)"
+        ) from None
 
 
-def _adopt(store: Store, uri: str, base_model: str) -> tuple[Manifest, str]:
-    """Gives a folder its manifest, or reads the one that another adopter gave it first."""
-    files = dict(zip((CONFIG, ADAPTER), _read_peft(store, uri), strict=True))
-    config = parse_config(files[CONFIG], uri)
-    parse_adapter(files[ADAPTER], uri)
-    named = base_model or str(config.get("base_model_name_or_path") or "")
-    try:
-        return put_manifest(store, uri, Manifest(base_model=named[:253]), files)
-    except AlreadyExists:
-        found = _read_manifest(store, uri)
-        if found is None:
-            raise
-        return found
+def _check_foreign(uri: str, config: dict[str, Any], tensors: Tensors) -> None:
+    """What can be known of a PEFT folder without its base model; whoever trains it checks key by key."""
+    check_config(uri, config)
+    check_finite(uri, tensors)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -359,12 +427,29 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 def _parse_json(data: bytes, what: str) -> dict[str, Any]:
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):  # two readers would take two different ones
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise VersionInvalid(f"{what}: {shown(twice)} appears twice")
+        return value
+
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=once, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         raise VersionInvalid(f"{what} is not JSON") from None
     if not isinstance(value, dict):
         raise VersionInvalid(f"{what} is not a JSON object")
+    return value
+
+
+def _finite(text: str) -> float:
+    """JSON has no NaN and no infinity, and what we write has none; Python would read both, and 1e999."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
     return value
 
 
@@ -373,6 +458,7 @@ def _float32(tensors: Tensors) -> dict[str, NDArray[np.float32]]:
 
 
 def _parse_safetensors(data: bytes, what: str) -> dict[str, NDArray[np.float32]]:
+    _check_header(data, what)
     try:
         parts = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
@@ -384,12 +470,52 @@ def _parse_safetensors(data: bytes, what: str) -> dict[str, NDArray[np.float32]]
                 array = np.frombuffer(part["data"], dtype="<f4")
             case "F16":
                 array = np.frombuffer(part["data"], dtype="<f2").astype(np.float32)
-            case "BF16":  # the upper half of a float32; numpy has no such type
+            case _:  # BF16, the upper half of a float32; numpy has no such type
                 array = (np.frombuffer(part["data"], dtype="<u2").astype(np.uint32) << 16).view(np.float32)
-            case other:
-                raise VersionInvalid(f"{what}: a tensor has the type {other}; F32, F16 and BF16 are read")
         tensors[name] = array.reshape(part["shape"])
     return tensors
+
+
+def _check_header(data: bytes, what: str) -> dict[str, Any]:
+    """The header of a safetensors file, checked before anything is made of it, so that a refusal can name the key.
+
+    Raises:
+        VersionInvalid: it claims more than there is, names a key twice, or a type, shape or offsets that cannot be.
+    """
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > len(data) - 8:
+        raise VersionInvalid(f"{what} is not a safetensors file (a header of {size} bytes in a file of {len(data)})")
+    if size > MAX_HEADER_BYTES:
+        raise VersionInvalid(f"{what} has a header of {size} bytes, at most {MAX_HEADER_BYTES} are read")
+    header = _parse_json(data[8 : 8 + size], f"{what}: its header")
+    room = len(data) - 8 - size
+    spans = []
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        at = f"{what}: {shown(name)}"
+        match info:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+                pass
+            case _:
+                raise VersionInvalid(f"{at} lacks a dtype, a shape or offsets")
+        if dtype not in _WIDTHS:
+            raise VersionInvalid(f"{at} has the type {shown(dtype)}; F32, F16 and BF16 are read")
+        if len(shape) > _MAX_DIMENSIONS or not all(isinstance(n, int) and 0 <= n <= MAX_OBJECT_BYTES for n in shape):
+            raise VersionInvalid(f"{at} has a shape that cannot be")
+        if not 0 <= begin <= end <= room:
+            raise VersionInvalid(f"{at} has offsets outside the file's {room} bytes of data")
+        if (needed := math.prod(shape) * _WIDTHS[dtype]) != end - begin:
+            raise VersionInvalid(f"{at} needs {needed} bytes by its shape and holds {end - begin} by its offsets")
+        spans.append((begin, end, at))
+    position = 0
+    for begin, end, at in sorted(spans):
+        if begin != position:
+            raise VersionInvalid(f"{at} overlaps another tensor, or leaves a gap before it")
+        position = end
+    if position != room:
+        raise VersionInvalid(f"{what} is not a safetensors file ({room - position} bytes of no tensor)")
+    return header
 
 
 def _sha256(data: bytes) -> str:

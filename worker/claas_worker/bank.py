@@ -34,6 +34,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from claas_store.checks import names_another_base
+from claas_store.limits import MAX_HEADER_BYTES, MAX_RANK
 from claas_worker.errors import AdapterInvalid, VersionConflict
 
 PREFIX = "base_model.model."  # of every key in PEFT's adapter_model.safetensors
@@ -54,7 +56,7 @@ FREE_FIELDS = frozenset({"peft_type", "task_type", "auto_mapping", "peft_version
     "fan_in_fan_out",
 }
 # Initializations that leave the base as it is. PiSSA, OLoRA, LoftQ ... store adapters of a changed base.
-PLAIN_INITIALIZATIONS = frozenset({True, False, None, "gaussian", "eva", "orthogonal"})
+PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class Shape(NamedTuple):
@@ -112,6 +114,9 @@ class Bank:
         base_model: its id, as adapters name it; empty: adapters of any base are taken as they come.
         capacity_bytes: what all adapters together may take as long as some of them are idle: the least recently used of
             those go first, one that is in use never does. 0 keeps no idle adapter beside a new one.
+
+    Attributes:
+        largest_bytes: of any adapter's file on this base, at the highest rank on every layer.
     """
 
     def __init__(self, model: Any, *, base_model: str = "", capacity_bytes: int = 0) -> None:
@@ -124,6 +129,8 @@ class Bank:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and name != self._head_name
         }
+        width = sum(module.in_features + module.out_features for module in self._linears.values())
+        self.largest_bytes = 4 * MAX_RANK * width + MAX_HEADER_BYTES
         self._skeleton = _skeleton(model)
         self._layouts: dict[str, dict[str, Shape]] = {}
         self._residents: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
@@ -294,7 +301,8 @@ def lora_config(config: Mapping[str, Any], base_model: str = "") -> LoraConfig:
         raise AdapterInvalid(
             f"adapter_config.json: peft_type is {config.get('peft_type')!r}, only LORA is trained here"
         )
-    if (base := config.get("base_model_name_or_path")) and base_model and base != base_model:
+    if names_another_base(config, base_model):
+        base = str(config["base_model_name_or_path"])[:253]
         raise AdapterInvalid(f"the adapter belongs to the base model {base}, this worker holds {base_model}")
     if (initial := config.get("init_lora_weights")) not in PLAIN_INITIALIZATIONS:
         raise AdapterInvalid(

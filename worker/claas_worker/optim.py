@@ -23,6 +23,14 @@ WEIGHT_DECAY = 0.01
 WARM_UP_STEPS = 8
 
 
+def total_norm(tensors: Sequence[Tensor]) -> float:
+    """L2 norm of all tensors together; not finite only if a value is not, however large they are."""
+    norm = float(torch.nn.utils.get_total_norm(tensors))
+    if math.isfinite(norm):
+        return norm
+    return float(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt())  # fp32 overflowed
+
+
 class AdapterOptimizer:
     """AdamW over named parameters.
 
@@ -55,13 +63,13 @@ class AdapterOptimizer:
             self.origin = "resumed"
 
     def grad_norm(self) -> float:
-        """L2 norm of all gradients together, in float64, where squares of finite fp32 values cannot overflow.
+        """L2 norm of all gradients together.
 
         Raises:
             NonFiniteGrad: a gradient is missing or not finite.
         """
         gradients = self._gradients()
-        norm = float(torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum().sqrt())
+        norm = total_norm(list(gradients.values()))
         if not math.isfinite(norm):
             key = next(key for key, gradient in gradients.items() if not bool(gradient.isfinite().all()))
             raise NonFiniteGrad(f"the gradient of {key} is not finite: nothing was saved")
@@ -75,27 +83,23 @@ class AdapterOptimizer:
             gradients[key] = parameter.grad
         return gradients
 
-    def update(self, learning_rate: float, max_grad_norm: float) -> float:
-        """One step with the gradients that are there, which it clears; gives their L2 norm before clipping.
+    def update(self, learning_rate: float, max_grad_norm: float, grad_norm: float) -> None:
+        """One step with the gradients that are there, of the L2 norm `grad_norm`; it clears them.
 
         Raises:
-            NonFiniteGrad, NonFiniteWeights: nothing may be saved.
+            NonFiniteWeights: nothing may be saved.
         """
-        norm = self.grad_norm()
-        if norm > max_grad_norm:
-            for gradient in self._gradients().values():
-                gradient.mul_(max_grad_norm / norm)
+        if grad_norm > max_grad_norm:
+            torch._foreach_mul_(list(self._gradients().values()), max_grad_norm / grad_norm)
         self.learning_rate = learning_rate * min(1.0, (self.step + 1) / WARM_UP_STEPS)
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self._parameters.values()]).tolist()
-        if not all(finite):
-            key = list(self._parameters)[finite.index(False)]
+        if not math.isfinite(total_norm([parameter.detach() for parameter in self._parameters.values()])):
+            key = next(key for key, weights in self._parameters.items() if not bool(weights.isfinite().all()))
             raise NonFiniteWeights(f"the step made {key} not finite: nothing was saved; lower training.learningRate")
-        return norm
 
     def state(self) -> OptimizerState:
         """What the next request resumes from, copied."""

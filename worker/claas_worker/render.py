@@ -56,6 +56,10 @@ PERSON = Block(
     "\n\nSomeone who read an earlier answer to this message said about it:\n\n{text}",
     "\n\nAnswer the message above with this in mind: keep what was liked, change what was not.",
 )
+# What people say who say nothing in particular: it was read, it was blamed, it was praised. What the teacher makes of
+# these is the block's own effect (small models answer more briefly under any block), which `teacher.contrast` removes.
+NEUTRAL_WORDS = ("I have read it.", "I do not like it. Change it.", "Good. Always do that.")
+NEUTRAL = "neutral-1"
 
 
 class Limits(NamedTuple):
@@ -76,6 +80,8 @@ class Rendered:
     dropped_response_tokens: int  # behind response_ids; logprobs that came with the sample cover them too
     truncated: bool  # the response's end, or the middle of the feedback or the solution, was left out
     template_id: str  # blocks of the teacher's context by name, joined by "+"; "none" without feedback and solution
+    # As prefix_teacher_ids, with each of NEUTRAL_WORDS for what a person said; none where no person said anything.
+    prefixes_neutral_ids: tuple[tuple[int, ...], ...]
 
 
 def render(
@@ -120,23 +126,33 @@ def render(
             f"the limit is {limits.max_prompt_tokens}: shorten prompt or messages"
         )
     parts = _parts(sample)
+    neutral = [
+        [(block, words if block is PERSON else text) for block, text in parts]
+        for words in NEUTRAL_WORDS
+        if any(block is PERSON for block, _ in parts)
+    ]
 
-    def teacher_ids(characters: int) -> tuple[int, ...]:
-        return _prefix_ids(_extended(messages, parts, characters), tokenizer, markup) if parts else student
+    def shown(characters: int) -> list[tuple[int, ...]]:
+        """The teacher's context, and those in which the person says nothing in particular."""
+        if not parts:
+            return [student]
+        return [_prefix_ids(_extended(messages, said, characters), tokenizer, markup) for said in (parts, *neutral)]
 
-    longest = max((len(text) for _, text in parts), default=0)
-    characters = _most_that_fits(lambda count: len(teacher_ids(count)) <= limits.max_prompt_tokens, longest)
+    longest = max((len(text) for said in (parts, *neutral) for _, text in said), default=0)
+    characters = _most_that_fits(lambda count: max(map(len, shown(count))) <= limits.max_prompt_tokens, longest)
     if characters is None:
         raise PromptTooLong(
             f"{where}: the teacher's prompt exceeds the limit of {limits.max_prompt_tokens} tokens "
             "even with everything cut out of feedback and solution: shorten prompt or messages"
         )
+    teacher, *neutrals = shown(characters)
     return Rendered(
         prefix_student_ids=student,
-        prefix_teacher_ids=teacher_ids(characters),
+        prefix_teacher_ids=teacher,
+        prefixes_neutral_ids=tuple(neutrals),
         response_ids=kept,
         dropped_response_tokens=dropped,
-        truncated=dropped > 0 or characters < longest,
+        truncated=dropped > 0 or any(len(text) > characters for _, text in parts),
         template_id="+".join(block.name for block, _ in parts) or "none",
     )
 

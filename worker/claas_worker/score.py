@@ -1,7 +1,8 @@
 """The teacher's side of a step, by `spec.teacher.mode`: for each response a support and its logprobs.
 
 Server: the teacher Deployment's top-K after the context that holds the feedback. Self: the student itself, with its
-adapter, shown that context and asked about its own top-K, as in the paper. Provided: what the request brings along.
+adapter, shown that context and asked about its own top-K, as in the paper; by default contrasted with what it thinks
+when the feedback says nothing (`contrasted`). Provided: what the request brings along.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from claas_worker.bank import Adapter
 from claas_worker.errors import TeacherUnavailable, TokenizerMismatch
 from claas_worker.job import InvalidSpec
 from claas_worker.provided import Scored, TokenTexts, parse
-from claas_worker.sdpo import logprobs_from_hidden, topk_from_hidden
+from claas_worker.sdpo import TAIL_FLOOR, logprobs_from_hidden, topk_from_hidden
 from claas_worker.student import Context, Student
 
-__all__ = ["Question", "Scored", "Scorer"]
+__all__ = ["Question", "Scored", "Scorer", "contrasted"]
 
 
 class Question(NamedTuple):
@@ -32,6 +33,7 @@ class Question(NamedTuple):
 
     student: Context
     teacher: Context
+    neutral: tuple[Context, ...] = ()  # the teacher's, with words that say nothing in place of a person's feedback
 
 
 class Scorer:
@@ -77,38 +79,50 @@ class Scorer:
                     "its V2 runner can); leave support out"
                 )
             with self._one_forward:
-                supports = self._student_topk(questions, [adapter] * len(questions), [k] * len(questions))
-            chosen = [_known(ids, info.vocab_size) for ids in supports]
+                own = self._student_topk(questions, [adapter] * len(questions), [k] * len(questions))
+            chosen = [_known(one.support_ids, info.vocab_size) for one in own]
         asked = [(question.teacher.prefix_ids, question.teacher.response_ids) for question in questions]
         scores = self._client.score_batch(asked, k, chosen=chosen)
         return [Scored(torch.from_numpy(s.ids).long(), torch.from_numpy(s.logprobs)) for s in scores], info.model
 
-    def self(self, questions: Sequence[Question], adapters: Sequence[Adapter], ks: Sequence[int]) -> list[Scored]:
+    def self(
+        self, questions: Sequence[Question], adapters: Sequence[Adapter], ks: Sequence[int], contrasts: Sequence[float]
+    ) -> list[Scored]:
         """The top-K of each response by the student with that question's adapter, scored after the teacher's prefix.
 
-        The questions may be of several requests: each has its adapter and its K.
+        The questions may be of several requests: each has its adapter, its K and its contrast (0: none).
         """
         student = self._student
-        supports = self._student_topk(questions, adapters, ks)
-        scored: dict[int, Scored] = {}
+        own = self._student_topk(questions, adapters, ks)
+        asked = [
+            (index, context)
+            for index, (question, contrast) in enumerate(zip(questions, contrasts, strict=True))
+            for context in (question.teacher, *(question.neutral if contrast else ()))
+        ]
+        views: dict[int, Tensor] = {}  # (N, K) by place in `asked`
 
-        def take_scores(index: int, hidden: Tensor) -> None:
-            scored[index] = Scored(supports[index], logprobs_from_hidden(hidden, student.head, supports[index]))
+        def take(place: int, hidden: Tensor) -> None:
+            views[place] = logprobs_from_hidden(hidden, student.head, own[asked[place][0]].support_ids)
 
-        student.map_hidden([question.teacher for question in questions], adapters, take_scores)
-        return [scored[index] for index in range(len(questions))]
+        student.map_hidden([context for _, context in asked], [adapters[index] for index, _ in asked], take)
+        scored = []
+        for index, (support, log_p, _) in enumerate(own):
+            shown, *neutral = (views[place] for place, (whose, _) in enumerate(asked) if whose == index)
+            target = contrasted(log_p, shown, neutral, contrasts[index]) if neutral else shown
+            scored.append(Scored(support, target))
+        return scored
 
     def _student_topk(
         self, questions: Sequence[Question], adapters: Sequence[Adapter], ks: Sequence[int]
-    ) -> list[Tensor]:
-        """(N, K) ids of each response: the most likely ones of the student with that question's adapter."""
-        supports: dict[int, Tensor] = {}
+    ) -> list[Scored]:
+        """Of each response the likeliest ids (N, K) of the student with that question's adapter, and their log p."""
+        own: dict[int, Scored] = {}
 
         def take(index: int, hidden: Tensor) -> None:
-            supports[index], _ = topk_from_hidden(hidden, self._student.head, ks[index])  # (N, K)
+            own[index] = Scored(*topk_from_hidden(hidden, self._student.head, ks[index]))
 
         self._student.map_hidden([question.student for question in questions], adapters, take)
-        return [supports[index] for index in range(len(questions))]
+        return [own[index] for index in range(len(questions))]
 
     def provided(
         self, questions: Sequence[Question], samples: Sequence[Sample], dropped: Sequence[int]
@@ -126,6 +140,27 @@ class Scorer:
                 raise InvalidSpec(f"{where} is missing: teacher.mode Provided needs it in every sample")
             scored.append(parse(sample.teacher_logprobs, question.teacher.response_ids, rest, self._texts, where))
         return scored, ""
+
+
+def contrasted(log_p: Tensor, shown: Tensor, neutral: Sequence[Tensor], weight: float) -> Tensor:
+    """log of p (q / q0)^weight, normalised: the student, moved by what the feedback's words add to the teacher's view.
+
+    q0 is the geometric mean of the teacher's views under words that say nothing. So what any hindsight block does to
+    the model, whatever is said in it, is not learned; where feedback adds nothing, the target is the student itself.
+
+    Args:
+        log_p, shown, each of neutral: (N, K) logprobs of the same ids by student and teacher; what they lack to 1 is
+            the tail, which is a bucket like the others.
+    """
+    p, q, *others = (_with_tail(view) for view in (log_p, shown, *neutral))  # (N, K+1)
+    q0 = torch.stack(others).mean(0)
+    return (p + weight * (q - q0)).log_softmax(-1)[:, :-1].to(log_p.dtype)
+
+
+def _with_tail(logprobs: Tensor) -> Tensor:
+    """(N, K+1) in float64: the tail is one more column."""
+    ids = logprobs.double()
+    return torch.cat([ids, (1 - ids.exp().sum(-1, keepdim=True)).clamp_min(TAIL_FLOOR).log()], -1)
 
 
 def _known(ids: Tensor, vocab_size: int | None) -> NDArray[np.int64]:

@@ -233,7 +233,6 @@ class _Targets(NamedTuple):
     bucket: Tensor  # (n, K) which of them are buckets of their own
     listed: Tensor  # (n, K) which of them the teacher listed: `bucket`, and at alpha = 1 those of zero mass too
     log_q: Tensor  # (n, K+1) log Q; the tail's is floored
-    has_tail: Tensor  # (n,) false where the buckets cover all V rows
     y_listed: Tensor  # (n,)
     y_refused: Tensor  # (n,) the teacher listed y with zero mass
     log_mu: Tensor | None  # (n,)
@@ -306,7 +305,6 @@ def _targets(
         bucket=bucket,
         listed=listed,
         log_q=torch.cat([log_q, tail[:, None]], -1).to(dtype),
-        has_tail=bucket.sum(-1) < vocabulary,
         y_listed=(is_y & listed).any(-1),
         y_refused=(is_y & zero).any(-1),
         log_mu=None if log_mu is None else log_mu.to(dtype),
@@ -389,13 +387,12 @@ def _score_rows(logits: Tensor, t: _Targets, options: _Options) -> tuple[dict[st
     # buffer holds the complement alone. Dropped ids point to column 0 and must not change it: minimum with infinity.
     p.scatter_reduce_(1, t.ids, torch.where(t.bucket, 0.0, torch.inf).to(p.dtype), "amin")
     p_tail = p.sum(-1) / norm.squeeze(1)  # (C,)
-    resolved = t.has_tail & (p_tail > TAIL_FLOOR)
-    log_p_tail = p_tail.clamp_min(TAIL_FLOOR).log()
-    log_q_tail = torch.where(t.has_tail, t.log_q[:, -1], log_p_tail)  # no tail: a bucket that is equal on both sides
+    resolved = p_tail > TAIL_FLOOR
+    log_p_tail = p_tail.clamp_min(TAIL_FLOOR).log()  # buckets that cover all V rows leave the floor on both sides
 
     none = torch.full_like(log_p_ids, -torch.inf)
     log_p = torch.cat([torch.where(t.bucket, log_p_ids, none), log_p_tail[:, None]], -1)  # (C, K+1)
-    log_q = torch.cat([torch.where(t.bucket, t.log_q[:, :-1], none), log_q_tail[:, None]], -1)
+    log_q = torch.cat([torch.where(t.bucket, t.log_q[:, :-1], none), t.log_q[:, -1:]], -1)
     divergence, slope, log_ratio = _divergence(log_p, log_q, alpha)  # (C,), (C, K+1) dD/dlogP, (C, K+1) A
 
     is_y = t.bucket & (t.ids == t.y[:, None])

@@ -42,7 +42,7 @@ from claas_worker.bank import Adapter
 from claas_worker.errors import AdapterInvalid, LogprobLengthMismatch, PayloadInvalid
 from claas_worker.job import InvalidSpec, Job, Report, Unfit, now
 from claas_worker.optim import AdapterOptimizer
-from claas_worker.render import Limits, Rendered, render
+from claas_worker.render import NEUTRAL, Limits, Rendered, render
 from claas_worker.score import Question, Scored, Scorer
 from claas_worker.sdpo import NO_SIGNAL_JSD, anchor_kl, combine, logprobs_from_hidden, sdpo_loss_from_hidden
 from claas_worker.student import Context, Student
@@ -119,12 +119,17 @@ class TrainingStep:
         """The samples, and the version to train."""
         job, base_model = attempt.job, self._student.base_model
         attempt.samples = _samples(job)
-        attempt.parent = read_version(job.parent.uri, adopt=not job.parent.adapter_uid, base_model=base_model)
+        attempt.parent = read_version(
+            job.parent.uri,
+            adopt=not job.parent.adapter_uid,
+            base_model=base_model,
+            max_bytes=self._student.bank.largest_bytes,
+        )
         if (base := attempt.parent.manifest.base_model) and base_model and base != base_model:
             raise AdapterInvalid(f"the version belongs to the base model {base}, this worker holds {base_model}")
 
     def _prepare(self, attempt: Attempt, held: contextlib.ExitStack) -> None:
-        """The samples in both contexts, and the parent's weights in the bank until `held` ends.
+        """The samples in both contexts, and the parent's weights in the bank until `held` ends, with their moments.
 
         Their key is the version that they are to become. They leave with the step.
         """
@@ -142,6 +147,12 @@ class TrainingStep:
         bank.add(key, attempt.parent.config, attempt.parent.tensors)
         held.callback(bank.remove, key)
         attempt.adapter = held.enter_context(bank.in_use(key))
+        attempt.optimizer = AdapterOptimizer(
+            attempt.adapter.parameters,
+            attempt.parent.optimizer,
+            rank=attempt.parent.config["r"],
+            target_modules=_target_modules(attempt.parent.config),
+        )
         attempt.clock.lap("load_ms")
 
     def _ask_teacher(self, attempt: Attempt) -> None:
@@ -163,6 +174,7 @@ class TrainingStep:
                 [question for _, question in asked],
                 [attempt.adapter for attempt, _ in asked],
                 [attempt.training.teacher_top_k for attempt, _ in asked],
+                [attempt.contrast for attempt, _ in asked],
             )
         for attempt in _alive(attempts):
             with attempt:
@@ -172,14 +184,6 @@ class TrainingStep:
     def _train(self, attempts: Sequence[Attempt]) -> None:
         """The inner steps, those of all jobs together, and the numbers of the first."""
         attempts = _announce(attempts, "Stepping")
-        for attempt in attempts:
-            with attempt:
-                attempt.optimizer = AdapterOptimizer(
-                    attempt.adapter.parameters,
-                    attempt.parent.optimizer,
-                    rank=attempt.parent.config["r"],
-                    target_modules=_target_modules(attempt.parent.config),
-                )
         while training := [attempt for attempt in _alive(attempts) if attempt.inner_steps_left]:
             with _together(training):
                 self._backward(training)
@@ -233,6 +237,7 @@ class TrainingStep:
         manifest = Manifest(
             base_model=student.base_model or parent.manifest.base_model,
             parent=ParentVersion(uri=parent.uri, sha256=parent.manifest_sha256),
+            adapter_uid=job.parent.adapter_uid,  # empty for a bare request's: then no sweep takes it for an orphan
             request_uid=job.uid,
             attempt=job.attempt,
             training=attempt.training.model_dump(by_alias=True, mode="json"),
@@ -263,6 +268,7 @@ class Attempt:
 
     def __init__(self, job: Job, report: Report) -> None:
         self.job, self.report, self.training, self.mode = job, report, job.spec.training, job.spec.teacher.mode
+        self.contrast = job.spec.teacher.contrast_weight()
         self.clock = Clock()
         self.outcome: Result | Exception | None = None
         self.inner_steps_left = self.training.inner_steps
@@ -293,7 +299,9 @@ class Attempt:
         """Each sample as both sides see it."""
         return [
             Question(
-                Context(one.prefix_student_ids, one.response_ids), Context(one.prefix_teacher_ids, one.response_ids)
+                Context(one.prefix_student_ids, one.response_ids),
+                Context(one.prefix_teacher_ids, one.response_ids),
+                tuple(Context(ids, one.response_ids) for ids in one.prefixes_neutral_ids),
             )
             for one in self.rendered
         ]
@@ -344,12 +352,13 @@ class Attempt:
     def update(self) -> None:
         """One inner step with the gradients that are there; none at all where there is nothing to learn."""
         self.inner_steps_left -= 1
+        grad_norm = self.optimizer.grad_norm()
         if not self._numbers:
-            self._numbers = combine(self._parts) | {"grad_norm": self.optimizer.grad_norm()}
+            self._numbers = combine(self._parts) | {"grad_norm": grad_norm}
             if self._numbers["jsd"] < NO_SIGNAL_JSD:
                 self.inner_steps_left = 0
                 return
-        self.optimizer.update(self.training.learning_rate, self.training.max_grad_norm)
+        self.optimizer.update(self.training.learning_rate, self.training.max_grad_norm, grad_norm)
 
     def measure(self) -> None:
         """The new weights and the step's numbers; the end, where nothing was learnt."""
@@ -363,6 +372,7 @@ class Attempt:
             old_logprobs_source=_ratio_source(self.items),
             teacher_id=self.teacher_id[:253] or None,
             teacher_mode=self.mode,
+            teacher_contrast=self.contrast if self._contrasted else None,
             truncated=any(one.truncated for one in self.rendered),
             template_id=self.template_id,
         )
@@ -372,8 +382,13 @@ class Attempt:
 
     @property
     def template_id(self) -> str:
-        """Of all templates that its samples were rendered with."""
-        return ",".join(sorted({one.template_id for one in self.rendered}))[:64]
+        """Of all templates that its samples were rendered with, and of the words they were contrasted with."""
+        ids = ",".join(sorted({one.template_id for one in self.rendered}))
+        return (f"{ids}/{NEUTRAL}" if self._contrasted else ids)[:64]
+
+    @property
+    def _contrasted(self) -> bool:
+        return self.contrast > 0 and any(one.prefixes_neutral_ids for one in self.rendered)
 
 
 def _alive(attempts: Sequence[Attempt]) -> list[Attempt]:
@@ -528,7 +543,7 @@ def _target_modules(config: Mapping[str, Any]) -> list[str]:
 
 def _distance(new: Mapping[str, NDArray[np.float32]], old: Mapping[str, NDArray[np.float32]]) -> float:
     """L2 norm of the change of all weights together."""
-    return math.sqrt(sum(float(np.square(new[key] - old[key], dtype=np.float64).sum()) for key in new))
+    return math.sqrt(sum(float(np.vdot(change, change)) for change in (new[key] - old[key] for key in new)))
 
 
 def _result(

@@ -107,6 +107,17 @@ http://{{ .Release.Name }}-seaweedfs.{{ .Release.Namespace }}.svc:8333
 - {name: AWS_ENDPOINT_URL_S3, value: {{ quote . }}}
 {{- end }}
 - {name: AWS_REGION, value: {{ .root.Values.storage.region | quote }}}
+{{- with .root.Values.storage.addressing | default "auto" }}
+{{- if ne . "auto" }}
+- {name: CLAAS_S3_ADDRESSING, value: {{ quote . }}}
+{{- end }}
+{{- end }}
+{{- with .root.Values.storage.encryption.mode }}
+- {name: CLAAS_S3_ENCRYPTION, value: {{ quote . }}}
+{{- end }}
+{{- with .root.Values.storage.encryption.kmsKeyId }}
+- {name: CLAAS_S3_KMS_KEY_ID, value: {{ quote . }}}
+{{- end }}
 {{- with .secret }}
 - name: AWS_ACCESS_KEY_ID
   valueFrom: {secretKeyRef: {name: {{ . }}, key: AWS_ACCESS_KEY_ID}}
@@ -244,43 +255,55 @@ spec:
   {{- include "claas.extraVolumes" (dict "root" $root "own" $pool) | nindent 2 }}
 {{- end }}
 
-{{/* The Pod template of operation Jobs (create an adapter, ...): no GPU, no access to the API. Argument: root. */}}
+{{/*
+The Pod template of operation Jobs (create an adapter, delete old versions, ...): no GPU, no access to the API.
+Arguments: dict root, pool (merged; only where the Jobs run as the tenants of that pool: isolation Namespace).
+*/}}
 {{- define "claas.operationTemplate" -}}
-{{- $own := .Values.operations }}
+{{- $root := .root }}
+{{- $own := .root.Values.operations }}
+{{- $account := printf "%s-operation" .root.Release.Name }}
+{{- $secret := include "claas.credentialsSecret" .root }}
+{{- $claim := include "claas.studentClaim" .root }}
+{{- with .pool }}
+{{- $account = .serviceAccountName | default "default" }}
+{{- $secret = .credentialsSecret }}
+{{- $claim = .modelClaim }}
+{{- end }}
 metadata:
   labels:
-    {{- include "claas.selector" (dict "root" . "component" "operation") | nindent 4 }}
+    {{- include "claas.selector" (dict "root" $root "component" "operation") | nindent 4 }}
 spec:
   restartPolicy: Never
-  serviceAccountName: {{ .Release.Name }}-operation
+  serviceAccountName: {{ $account }}
   automountServiceAccountToken: false
-  {{- include "claas.podSecurity" . | nindent 2 }}
+  {{- include "claas.podSecurity" $root | nindent 2 }}
   {{- with include "claas.placement" $own | trim }}
   {{- . | nindent 2 }}
   {{- end }}
-  {{- with include "claas.waitModel" (dict "root" . "own" $own "image" "worker" "path" (include "claas.studentPath" .) "mount" "/models/student") | trim }}
+  {{- with include "claas.waitModel" (dict "root" $root "own" $own "image" "worker" "path" (include "claas.studentPath" $root) "mount" "/models/student") | trim }}
   {{- . | nindent 2 }}
   {{- end }}
   containers:
   - name: operation
-    image: {{ include "claas.image" (dict "root" . "name" "worker") }}
-    imagePullPolicy: {{ .Values.image.pullPolicy }}
+    image: {{ include "claas.image" (dict "root" $root "name" "worker") }}
+    imagePullPolicy: {{ $root.Values.image.pullPolicy }}
     command: [python3, -m, claas_store]
-    {{- include "claas.containerSecurity" . | nindent 4 }}
+    {{- include "claas.containerSecurity" $root | nindent 4 }}
     env:
-    {{- include "claas.storageEnv" (dict "root" . "secret" (include "claas.credentialsSecret" .)) | trim | nindent 4 }}
-    {{- with include "claas.extraEnv" (dict "root" . "own" $own) | trim }}
+    {{- include "claas.storageEnv" (dict "root" $root "secret" $secret) | trim | nindent 4 }}
+    {{- with include "claas.extraEnv" (dict "root" $root "own" $own) | trim }}
     {{- . | nindent 4 }}
     {{- end }}
     resources:
       {{- toYaml $own.resources | nindent 6 }}
     volumeMounts:
     - {name: model, mountPath: /models/student, readOnly: true}
-    {{- include "claas.extraVolumeMounts" (dict "root" . "own" $own) | nindent 4 }}
+    {{- include "claas.extraVolumeMounts" (dict "root" $root "own" $own) | nindent 4 }}
   volumes:
   - name: model
-    persistentVolumeClaim: {claimName: {{ include "claas.studentClaim" . }}, readOnly: true}
-  {{- include "claas.extraVolumes" (dict "root" . "own" $own) | nindent 2 }}
+    persistentVolumeClaim: {claimName: {{ $claim }}, readOnly: true}
+  {{- include "claas.extraVolumes" (dict "root" $root "own" $own) | nindent 2 }}
 {{- end }}
 
 {{/* The operator's settings file. Argument: root. */}}
@@ -294,6 +317,10 @@ defaultBaseModel: {{ .Values.model.id }}
 storage:
   prefixes:
     {{- toYaml .Values.storage.prefixes | nindent 4 }}
+  {{- with .Values.storage.forkPrefixes }}
+  forkPrefixes:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- with include "claas.teacherUrl" . }}
 teacher:
   url: {{ . }}
@@ -312,6 +339,10 @@ pools:
   batch: {{ $pool.batch }}
   template:
     {{- include "claas.workerTemplate" (dict "root" $ "pool" $pool) | trim | nindent 4 }}
+  {{- if eq $pool.isolation "Namespace" }}
+  operationTemplate:
+    {{- include "claas.operationTemplate" (dict "root" $ "pool" $pool) | trim | nindent 4 }}
+  {{- end }}
 {{- end }}
 operations:
   modelDir: {{ include "claas.studentPath" . }}
@@ -319,7 +350,7 @@ operations:
   ttlSecondsAfterFinished: {{ .Values.operations.ttlSecondsAfterFinished }}
   activeDeadlineSeconds: {{ add .Values.operations.activeDeadlineSeconds (.Values.fetch.enabled | ternary .Values.fetch.waitSeconds 0) }}
   template:
-    {{- include "claas.operationTemplate" . | trim | nindent 4 }}
+    {{- include "claas.operationTemplate" (dict "root" .) | trim | nindent 4 }}
 {{- with .Values.operator.timings }}
 timings:
   {{- toYaml . | nindent 2 }}
@@ -335,6 +366,10 @@ defaultBaseModel: {{ .Values.model.id }}
 storage:
   prefixes:
     {{- toYaml .Values.storage.prefixes | nindent 4 }}
+  {{- with .Values.storage.forkPrefixes }}
+  forkPrefixes:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- with include "claas.teacherUrl" . }}
 teacher:
   url: {{ . }}
@@ -397,9 +432,9 @@ requestTtlSeconds: {{ int64 $own.requestTtlSeconds }}
 {{- if and $credentials.existingSecret $credentials.accessKeyId }}
 {{- fail "storage.credentials: set either existingSecret or accessKeyId and secretAccessKey, not both" }}
 {{- end }}
-{{- range $i, $prefix := .Values.storage.prefixes }}
-{{- if and (hasPrefix "file://" $prefix.uri) (not $.Values.storage.fileRoots) }}
-{{- fail (printf "storage.prefixes[%d].uri: %s needs storage.fileRoots, which names the folders that file:// may reach" $i $prefix.uri) }}
+{{- range $i, $root := .Values.storage.fileRoots }}
+{{- if or (contains "/./" (printf "%s/" $root)) (contains "/../" (printf "%s/" $root)) (contains "//" $root) }}
+{{- fail (printf "storage.fileRoots[%d]: %s has an empty, '.' or '..' segment; name the folder itself" $i $root) }}
 {{- end }}
 {{- end }}
 {{- $auth := .Values.shim.auth }}
@@ -408,6 +443,25 @@ requestTtlSeconds: {{ int64 $own.requestTtlSeconds }}
 {{- end }}
 {{- if gt (float64 .Values.shim.waitSeconds) (float64 .Values.shim.maxWaitSeconds) }}
 {{- fail (printf "shim.waitSeconds: %v is more than shim.maxWaitSeconds %v" .Values.shim.waitSeconds .Values.shim.maxWaitSeconds) }}
+{{- end }}
+{{- range $list := list "prefixes" "forkPrefixes" }}
+{{- range $i, $prefix := index $.Values.storage $list }}
+{{- if or (contains "/./" $prefix.uri) (contains "/../" $prefix.uri) }}
+{{- fail (printf "storage.%s[%d].uri: %s has a '.' or '..' segment; name the folder itself" $list $i $prefix.uri) }}
+{{- end }}
+{{- if hasPrefix "file://" $prefix.uri }}
+{{- $below := false }}
+{{- range $root := $.Values.storage.fileRoots }}
+{{- $below = or $below (hasPrefix (printf "file://%s/" (trimSuffix "/" $root)) $prefix.uri) }}
+{{- end }}
+{{- if not $below }}
+{{- fail (printf "storage.%s[%d].uri: %s needs storage.fileRoots, which names the folders that file:// may reach" $list $i $prefix.uri) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if and .Values.storage.encryption.kmsKeyId (ne .Values.storage.encryption.mode "aws:kms") }}
+{{- fail "storage.encryption.kmsKeyId needs mode aws:kms: with any other nothing would use the key" }}
 {{- end }}
 {{- if and .Values.teacher.enabled .Values.teacher.url }}
 {{- fail "teacher.url is for a teacher elsewhere: set teacher.enabled to false with it" }}

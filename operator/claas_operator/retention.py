@@ -1,0 +1,198 @@
+"""Old versions go: what `spec.retention.keepLast` does not keep and nobody needs, and what no history names.
+
+Collection takes two Jobs. First the versions are listed in `status.collecting`, where no rollback takes them any more,
+and get a tombstone, which turns away whoever reads them from then on. Then everybody who needs a version is listed
+again, live, and what nobody needs is deleted. What somebody began to need in between gets its tombstone taken off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from claas_crds.reasons import ConditionType, Reason, describe
+from claas_operator import status
+from claas_operator.actions import Action, Collect, Describe, Forget, Note, StartDeletion
+from claas_operator.operations import Answer, Desk
+from claas_operator.references import References, beside
+from claas_operator.snapshot import CLOCK_SKEW, Adapter, parse_time
+from claas_store.uris import version_name
+
+# So many versions beyond retention are not left lying until the adapter is idle: each collection costs two small Jobs.
+MANY_VERSIONS: Final = status.SURPLUS_VERSIONS
+# An answer holds the names of what was done, and an answer has 4 KiB.
+MAX_NAMES_CHARACTERS: Final = 2500
+# The kernel takes 128 KiB in one argument.
+MAX_KNOWN_CHARACTERS: Final = 120_000
+# A store that refuses is asked again less often than one that a user waits for.
+PATIENCE: Final = 10.0
+
+
+def plan_collection(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+    """The next step of deleting what `spec.retention` does not keep."""
+    adapter, collecting = desk.adapter, desk.adapter.status.collecting
+    if adapter.spec is None:
+        return
+    root, deleted = adapter.spec.storage.uri, desk.done_at("delete")
+    if gone := [name for name in collecting if name in deleted]:
+        message = f"{len(gone)} versions were deleted"
+        yield Forget(adapter=adapter, versions=tuple(gone), status=status.forgotten(adapter, gone, message, desk.now))
+    elif not collecting:
+        yield from _begin(desk, references)
+    else:
+        needed = [name for name in collecting if references().needed(beside(root, name), adapter)]
+        yield from _delete(desk, root, [name for name in collecting if name not in needed])
+        yield from _give_back(desk, root, needed)
+
+
+def _delete(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
+    """A tombstone first, then the end."""
+    marked, restored = desk.done_at("tombstone"), desk.done_at("restore")
+    unmarked = [v for v in versions if v not in marked or (v in restored and restored[v] >= marked[v])]
+    if unmarked:
+        yield from _tell(desk, desk.trouble("tombstone"))
+        if start := desk.start("tombstone", _arguments("tombstone", root, _batch(unmarked)), PATIENCE):
+            yield start
+    elif versions:
+        batch = _batch(versions)
+        yield from _tell(desk, desk.trouble("delete"))
+        if start := desk.start("delete", _arguments("delete", root, batch), PATIENCE):
+            yield StartDeletion(
+                manifest=start.manifest,
+                pool="",
+                adapter=desk.adapter,
+                root=root,
+                versions=frozenset(batch),
+                kept=frozenset(),
+            )
+
+
+def _give_back(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
+    """What somebody turned out to need loses its tombstone, and is collected no more."""
+    if not versions or desk.running("tombstone") is not None or desk.running("delete") is not None:
+        return
+    marked, restored = desk.done_at("tombstone"), desk.done_at("restore")
+    back = [v for v in versions if v in restored and (v not in marked or marked[v] <= restored[v])]
+    if back:
+        yield Describe(adapter=desk.adapter, status=status.given_back(desk.adapter, back, desk.now))
+        return
+    yield from _tell(desk, desk.trouble("restore"))
+    if start := desk.start("restore", _arguments("restore", root, _batch(versions)), PATIENCE):
+        yield start
+
+
+def _begin(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+    adapter, history = desk.adapter, desk.adapter.status.history
+    if adapter.spec is None or len(history) <= adapter.spec.retention.keep_last:
+        return
+    if not (surplus := _surplus(desk)):
+        return
+    due_at = _moved_at(adapter) + timedelta(seconds=desk.settings.timings.collect_delay_seconds)
+    if len(surplus) < MANY_VERSIONS and desk.now < due_at:
+        desk.wake(due_at)
+        return
+    root = adapter.spec.storage.uri
+    going = _batch([name for name in surplus if not references().needed(beside(root, name), adapter)])
+    if going:
+        yield Collect(adapter=adapter, versions=tuple(going), status=status.collecting(adapter, going, desk.now))
+
+
+def _moved_at(adapter: Adapter) -> datetime:
+    try:
+        return parse_time(adapter.status.history[-1].at) or adapter.created
+    except ValueError:
+        return adapter.created
+
+
+def _surplus(desk: Desk) -> list[str]:
+    """Names of the versions in history that nothing of the adapter itself keeps, oldest first.
+
+    Kept are the last `keepLast` that were head, which has the head among them, and what an unended request has made.
+    """
+    adapter = desk.adapter
+    if adapter.spec is None:
+        return []
+    recent = list(dict.fromkeys(entry.version for entry in reversed(adapter.status.history)))
+    queue = desk.snapshot.queues.get((adapter.namespace, adapter.name), [])
+    unended = {adapter.active, *(request.uid for request in queue)} - {""}
+    kept = {adapter.status.version, adapter.rollback, *recent[: adapter.spec.retention.keep_last]}
+    kept |= {*adapter.status.collecting}
+    kept |= {entry.version for entry in adapter.status.history if entry.request_uid in unended}
+    return [name for name in reversed(recent) if name not in kept]
+
+
+def _batch(versions: Sequence[str]) -> list[str]:
+    """The first of `versions`, as many as an answer has room for."""
+    taken, room = list[str](), MAX_NAMES_CHARACTERS
+    for name in versions:
+        room -= len(name.encode()) + 4
+        if taken and room < 0:
+            break
+        taken.append(name)
+    return taken
+
+
+def _arguments(command: str, root: str, versions: Sequence[str]) -> list[str]:
+    return [command, "--root", root, "--versions", ",".join(versions)]
+
+
+def _tell(desk: Desk, trouble: str) -> Iterator[Action]:
+    """Says what collection waits for, when there is something to say."""
+    adapter, message = desk.adapter, trouble or describe(Reason.COLLECTING)
+    if not status.adapter_says(adapter, ConditionType.COLLECTED, Reason.COLLECTING, message):
+        yield Describe(adapter=adapter, status=status.collection_waits(adapter, message, desk.now))
+
+
+# Orphans
+
+
+def plan_sweep(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+    """Once in a while a Job looks beside the adapter for interrupted uploads and for versions that nobody names."""
+    adapter, timings = desk.adapter, desk.settings.timings
+    interval = timedelta(seconds=timings.sweep_seconds)
+    if not interval or adapter.spec is None:
+        return
+    due_at = adapter.sweep_at or adapter.created + interval
+    if desk.now < due_at:
+        desk.wake(due_at)
+        return
+    since = due_at - min(CLOCK_SKEW, interval / 4)
+    latest = desk.of("sweep")[-1:]
+    if latest and latest[0].created >= since and latest[0].finished is not None:
+        answer = desk.answers("sweep").get(latest[0].name)
+        note = _swept(adapter, answer) if answer and answer.ok else None
+        yield Describe(adapter=adapter, status=status.swept(adapter, desk.now + interval, desk.now), note=note)
+    elif known := _known(adapter, references()):
+        arguments = [
+            "sweep",
+            *("--root", adapter.spec.storage.uri),
+            *("--known", known),
+            *("--grace-seconds", str(timings.orphan_grace_seconds)),
+            *("--adapter-uid", adapter.uid),
+        ]
+        if start := desk.start("sweep", arguments, PATIENCE):
+            yield start
+
+
+def _swept(adapter: Adapter, answer: Answer) -> Note | None:
+    found = {
+        "interrupted uploads": answer.interrupted + answer.uploads,
+        "versions that nobody names": answer.orphans,
+    }
+    message = ", ".join(f"{count} {what} deleted" for what, count in found.items() if count)
+    return Note(adapter, Reason.SWEPT, message, warning=False) if message else None
+
+
+def _known(adapter: Adapter, references: References) -> str:
+    """Names of the versions of the adapter's family that somebody names; empty when they are too many to pass on."""
+    root = adapter.spec.storage.uri if adapter.spec else ""
+    ours = {entry.version for entry in adapter.status.history} | {*adapter.status.collecting, version_name(root)}
+    known = ",".join(sorted(ours | references.siblings(root, adapter)))
+    return known if len(known) < MAX_KNOWN_CHARACTERS else ""
+
+
+def sweep_soon(adapter: Adapter, grace_seconds: float, now: datetime) -> datetime | None:
+    """When to look for what a lost attempt may have left behind, if that is sooner than planned."""
+    soon = now + timedelta(seconds=grace_seconds)
+    return soon if adapter.sweep_at is None or soon < adapter.sweep_at else None

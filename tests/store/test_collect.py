@@ -1,0 +1,451 @@
+"""The end of versions: what is declared dead, deleted, destroyed and swept, and above all what is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from claas_store import collect, tombstone
+from claas_store.collect import delete, destroy, restore, sweep
+from claas_store.errors import (
+    ArgumentInvalid,
+    NotFound,
+    NotTombstoned,
+    StorageDenied,
+    UriInvalid,
+    VersionCollected,
+    VersionInvalid,
+)
+from claas_store.stores import open_store
+from claas_store.tombstone import MANIFEST, TOMBSTONE, read_tombstone
+from claas_store.version import ADAPTER, CONFIG, Version, find_manifest, read_version
+from objectstore import ObjectStore
+from store import examples
+from store.chains import age, files_of, first, killed_step, name, names_in, request_uid, step, step_uri
+
+OTHER = "11111111-0000-4000-8000-000000000000"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers that meet a tombstone wait a moment only."""
+    monkeypatch.setattr(tombstone, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(tombstone, "POLL_SECONDS", 0.02)
+
+
+def chain(home: str, length: int = 3) -> list[Version]:
+    """An adapter `coder` with so many versions."""
+    versions = [first(f"{home}coder")]
+    for number in range(1, length):
+        versions.append(step(versions[-1], number))
+    return versions
+
+
+# tombstone, restore, delete
+
+
+def test_a_collected_version_is_refused_by_name_and_the_rest_can_be_read(home: str) -> None:
+    versions = chain(home)
+    old = [name(version) for version in versions[:2]]
+    assert collect.tombstone(f"{home}coder", old, "retention") == old
+    for version in versions[:2]:
+        with pytest.raises(VersionCollected, match=r"is collected \(since \d{4}-.*: retention\)") as caught:
+            read_version(version.uri)
+        assert not caught.value.retryable
+    assert delete(f"{home}coder", old) == old
+    for version in versions[:2]:
+        assert files_of(version.uri) == [TOMBSTONE]
+        assert find_manifest(version.uri) is None
+        with pytest.raises(VersionCollected):
+            read_version(version.uri)
+        with pytest.raises(VersionCollected):
+            read_version(version.uri, adopt=True)
+    assert read_version(versions[2].uri).manifest == versions[2].manifest
+
+
+def test_the_tombstone_quotes_the_manifest_so_that_the_chain_can_be_verified(home: str) -> None:
+    versions = chain(home)
+    collect.tombstone(f"{home}coder", [name(versions[1])], "retention")
+    delete(f"{home}coder", [name(versions[1])])
+    stone = read_tombstone(open_store(home), versions[1].uri)
+    assert stone is not None
+    assert versions[2].manifest.parent is not None
+    assert stone.manifest_sha256 == versions[1].manifest_sha256 == versions[2].manifest.parent.sha256
+
+
+def test_collecting_twice_changes_nothing(home: str) -> None:
+    (version, *_) = chain(home)
+    collect.tombstone(f"{home}coder", ["coder"], "retention")
+    stone = open_store(home).get(f"{version.uri}{TOMBSTONE}")
+    assert collect.tombstone(f"{home}coder", ["coder"], "another time") == ["coder"]
+    assert open_store(home).get(f"{version.uri}{TOMBSTONE}") == stone
+    for _ in range(2):
+        assert delete(f"{home}coder", ["coder"]) == ["coder"]
+        assert collect.tombstone(f"{home}coder", ["coder"], "retention") == ["coder"]
+    assert files_of(version.uri) == [TOMBSTONE]
+
+
+def test_what_bears_no_tombstone_is_not_deleted_nor_anything_with_it(home: str) -> None:
+    versions = chain(home)
+    collect.tombstone(f"{home}coder", ["coder"], "retention")
+    with pytest.raises(NotTombstoned, match=name(versions[1])):
+        delete(f"{home}coder", ["coder", name(versions[1])])
+    assert MANIFEST in files_of(versions[0].uri)
+    assert MANIFEST in files_of(versions[1].uri)
+
+
+def test_what_is_wholly_gone_needs_no_tombstone(home: str) -> None:
+    (root, *_) = chain(home)
+    gone = name(step_uri(root.uri, 77))
+    assert collect.tombstone(f"{home}coder", [gone], "retention") == [gone]
+    assert delete(f"{home}coder", [gone]) == [gone]
+    assert gone not in names_in(home)
+
+
+def test_a_tombstone_is_taken_back_when_a_reference_was_found(home: str) -> None:
+    (root, *_) = chain(home)
+    collect.tombstone(f"{home}coder", ["coder"], "retention")
+    assert restore(f"{home}coder", ["coder"]) == ["coder"]
+    assert read_version(root.uri).manifest == root.manifest
+    collect.tombstone(f"{home}coder", ["coder"], "retention")
+    delete(f"{home}coder", ["coder"])
+    with pytest.raises(VersionCollected, match="cannot come back"):
+        restore(f"{home}coder", ["coder"])
+    assert files_of(root.uri) == [TOMBSTONE]
+
+
+def test_a_reader_waits_for_a_tombstone_that_is_taken_back(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tombstone, "WAIT_SECONDS", 20)
+    (root, *_) = chain(home)
+    collect.tombstone(f"{home}coder", ["coder"], "retention")
+    looked, real = threading.Event(), tombstone.read_tombstone
+
+    def look(*where: object) -> object:
+        looked.set()
+        return real(*where)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tombstone, "read_tombstone", look)
+    threading.Thread(target=lambda: looked.wait(10) and restore(f"{home}coder", ["coder"])).start()
+    assert read_version(root.uri).manifest == root.manifest
+
+
+def test_a_deletion_in_the_middle_of_a_read_is_said(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader has the manifest, and then the files go: collected, not broken."""
+    from claas_store import version as module
+
+    (root, *_) = chain(home)
+    real = module.read_manifest
+
+    def slow(*where: object) -> object:
+        found = real(*where)  # type: ignore[arg-type]
+        collect.tombstone(f"{home}coder", ["coder"], "retention")
+        delete(f"{home}coder", ["coder"])
+        return found
+
+    monkeypatch.setattr(module, "read_manifest", slow)
+    with pytest.raises(VersionCollected):
+        read_version(root.uri)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["..", ".", "", "/", "coder/..", "../coder", "coder2", "coder-v2", "coder/claas.json", "%2e%2e", "coder%2f..",
+     "Coder",
+     "coder-20261123-191007-9f2c4d1e/../other", "coder-20261123-191007-9F2C4D1E", "coder-20261123-191007-9f2c4d1e-a1",
+     "xcoder-20261123-191007-9f2c4d1e", "coder\n", "coder-20261123-191007-9f2c4d1e\n"],
+)  # fmt: skip
+def test_only_names_of_this_adapters_versions_are_taken(home: str, bad: str) -> None:
+    first(f"{home}coder")
+    first(f"{home}coder2", OTHER)
+    before = [*open_store(home).list(home)]
+    for act in (
+        lambda: collect.tombstone(f"{home}coder", ["coder", bad], "retention"),
+        lambda: restore(f"{home}coder", ["coder", bad]),
+        lambda: delete(f"{home}coder", ["coder", bad]),
+        lambda: destroy(f"{home}coder", [bad]),
+        lambda: sweep(f"{home}coder", ["coder", bad], 0),
+    ):
+        with pytest.raises(UriInvalid):
+            act()
+    assert [*open_store(home).list(home)] == before
+
+
+# destroy
+
+
+def test_an_adapter_is_destroyed_with_all_it_made_and_nothing_else(home: str) -> None:
+    versions = chain(home, 4)
+    collect.tombstone(f"{home}coder", ["coder", name(versions[1])], "retention")
+    delete(f"{home}coder", ["coder"])
+    step(versions[1], 20)  # rolled back to, and trained on
+    killed_step(versions[3], 21)
+    first(f"{home}coder2", OTHER)  # a prefix of whose name is ours
+    first(f"{home}code", OTHER)
+    open_store(home).put(f"{home}coder.txt", b"a note")
+    assert len(destroy(f"{home}coder").deleted) == 6
+    assert names_in(home) == ["code", "coder.txt", "coder2"]
+    assert destroy(f"{home}coder") == ([], [])
+
+
+def test_a_fork_beside_it_survives_with_its_own_versions(home: str) -> None:
+    """A fork may lie under a name that looks like a version's, and its steps are siblings of the destroyed one's."""
+    versions = chain(home, 3)
+    fork_uri = step_uri(versions[0].uri, 50)
+    from claas_store.version import Manifest, ParentVersion, write_version
+
+    origin = ParentVersion(uri=versions[1].uri, sha256=versions[1].manifest_sha256)
+    manifest = Manifest(base_model=examples.BASE, adapter_uid=OTHER, parent=origin)
+    fork = write_version(fork_uri, examples.CONFIG, examples.tensors(), None, manifest)
+    later = step(fork, 51, adapter_uid=OTHER)
+    leftover = killed_step(later, 52)  # nobody can tell whose
+    destroyed = destroy(f"{home}coder")
+    assert sorted(destroyed.deleted) == sorted(map(name, versions))
+    assert destroyed.kept == sorted(map(name, (fork, later, leftover))) == names_in(home)
+    assert read_version(later.uri).manifest == later.manifest
+    assert len(destroy(fork.uri).deleted) == 3
+    assert names_in(home) == []
+
+
+def test_an_adapter_that_begins_at_anothers_version_takes_only_its_own(home: str) -> None:
+    lender = chain(home, 3)
+    borrowed = step(lender[1], 60, adapter_uid=OTHER)  # an adapter adopted lender[1] where it lies
+    destroyed = destroy(lender[1].uri)
+    assert destroyed.deleted == [name(borrowed)]
+    assert names_in(home) == sorted(map(name, lender))
+
+
+def test_what_others_need_stays_and_its_parents_can_still_be_verified(home: str) -> None:
+    from claas_store.fsck import fsck
+
+    versions = chain(home, 4)
+    kept = versions[2]
+    assert name(kept) not in destroy(f"{home}coder", [name(kept)]).deleted
+    assert names_in(home) == sorted(map(name, versions[:3]))
+    assert files_of(versions[0].uri) == [TOMBSTONE]
+    assert fsck(kept.uri).ok
+    destroy(f"{home}coder")
+    assert names_in(home) == []
+
+
+def test_a_folder_that_was_never_an_adapters_stays(home: str) -> None:
+    """A creation that was refused because somebody's PEFT folder lies there; the LoraAdapter is deleted."""
+    open_store(home).put(f"{home}coder/{CONFIG}", b"{}")
+    open_store(home).put(f"{home}coder/{ADAPTER}", b"weights")
+    assert destroy(f"{home}coder").kept == ["coder"]
+    assert files_of(f"{home}coder/") == [CONFIG, ADAPTER]
+
+
+def test_a_manifest_that_nobody_can_read_is_not_deleted(home: str) -> None:
+    versions = chain(home, 2)
+    open_store(home).put(f"{versions[1].uri}{MANIFEST}", b"{}", if_absent=False)
+    assert destroy(f"{home}coder").kept == [name(versions[1])]
+    open_store(home).put(f"{home}other/{MANIFEST}", b'{"schemaVersion": 2}')
+    with pytest.raises(VersionInvalid):
+        destroy(f"{home}other")
+
+
+def die_after(deletions: int, act: str) -> str:
+    """A program that runs `act` and is killed with SIGKILL at the store's next write or deletion after so many."""
+    return f"""
+import os, signal, sys
+from claas_store import collect
+real, left = collect.open_store, [{deletions}]
+class Dying:
+    def __init__(self, store): self.store = store
+    def __getattr__(self, name):
+        if name in ("put", "delete", "discard"):
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+        return getattr(self.store, name)
+collect.open_store = lambda uri: Dying(real(uri))
+{act}
+print("done")
+"""
+
+
+def run(code: str) -> bool:
+    """Whether the program ended by itself."""
+    tests = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": ":".join([tests, *(path for path in sys.path if path)])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 4, 7, 9, 12])
+def test_a_killed_destruction_is_finished_by_the_next(home: str, steps: int) -> None:
+    versions = chain(home, 3)
+    first(f"{home}coder2", OTHER)
+    killed_step(versions[2], 21)
+    assert not run(die_after(steps, f"collect.destroy('{home}coder')"))
+    destroy(f"{home}coder")
+    assert names_in(home) == ["coder2"]
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_a_killed_deletion_never_leaves_half_a_version_readable(home: str, steps: int) -> None:
+    versions = chain(home, 2)
+    collect.tombstone(f"{home}coder", [name(versions[1])], "retention")
+    assert not run(die_after(steps, f"collect.delete('{home}coder', ['{name(versions[1])}'])")) or steps == 4
+    with pytest.raises(VersionCollected):
+        read_version(versions[1].uri)
+    assert (find_manifest(versions[1].uri) is None) == (steps > 0)
+    delete(f"{home}coder", [name(versions[1])])
+    assert files_of(versions[1].uri) == [TOMBSTONE]
+
+
+# sweep
+
+
+def test_a_killed_steps_files_go_after_the_grace_time(home: str) -> None:
+    versions = chain(home, 2)
+    leftover = killed_step(versions[1], 9)
+    known = [name(version) for version in versions]
+    assert sweep(f"{home}coder", known, 3600) == (0, 0, 0, 1)
+    assert find_manifest(leftover) is None
+    assert name(leftover) in names_in(home)
+    assert sweep(f"{home}coder", known, 0).interrupted == 1
+    assert names_in(home) == sorted(known)
+    assert sweep(f"{home}coder", known, 0) == (0, 0, 0, 0)
+
+
+def test_orphans_go_and_what_is_known_or_needed_or_somebody_elses_stays(home: str) -> None:
+    versions = chain(home, 3)
+    orphan = step(versions[1], 30, attempt=2)
+    parent = step(versions[1], 31)  # unknown too, but a known version was made from it
+    child = step(parent, 32)
+    bare = step(versions[2], 33, adapter_uid="")
+    theirs = step(versions[2], 34, adapter_uid=OTHER)
+    known = [name(version) for version in (*versions, child)]
+    assert sweep(f"{home}coder", known, 3600) == (0, 0, 0, 2)
+    swept = sweep(f"{home}coder", known, 0)
+    assert (swept.orphans, swept.kept) == (1, 1)
+    assert names_in(home) == sorted([*known, name(parent), name(bare), name(theirs)])
+    assert name(orphan) not in names_in(home)
+    assert sweep(f"{home}coder", known, 0, adapter_uid=OTHER).orphans == 1
+
+
+def test_a_young_orphan_keeps_an_old_ones_that_it_was_made_from(root: Path) -> None:
+    home = f"file://{root}/"
+    versions = chain(home, 2)
+    old = step(versions[1], 40)
+    young = step(old, 41)
+    age(old.uri, 7200)
+    known = [name(version) for version in versions]
+    assert sweep(f"{home}coder", known, 3600).orphans == 0
+    age(young.uri, 7200)
+    assert sweep(f"{home}coder", known, 3600).orphans == 2
+    assert names_in(home) == sorted(known)
+
+
+def test_an_adapter_created_anew_does_not_sweep_what_the_old_one_made(home: str) -> None:
+    """deletionPolicy Retain: the old versions stay, whoever adopts the first of them."""
+    versions = chain(home, 3)
+    assert sweep(f"{home}coder", ["coder"], 0, adapter_uid=OTHER).orphans == 0
+    assert sweep(f"{home}coder", ["coder"], 0).orphans == 0
+    assert names_in(home) == sorted(map(name, versions))
+
+
+def test_an_adapter_without_versions_is_not_swept(home: str) -> None:
+    chain(home, 2)
+    with pytest.raises(ArgumentInvalid, match="--known names no version"):
+        sweep(f"{home}coder", [], 0)
+    assert len(names_in(home)) == 2
+
+
+def test_a_folder_without_a_manifest_at_the_adapters_own_uri_stays(home: str) -> None:
+    open_store(home).put(f"{home}coder/{CONFIG}", b"{}")
+    assert sweep(f"{home}coder", ["coder"], 0) == (0, 0, 0, 0)
+    assert files_of(f"{home}coder/") == [CONFIG]
+
+
+def test_a_killed_deletion_is_swept_up(home: str) -> None:
+    versions = chain(home, 2)
+    collect.tombstone(f"{home}coder", ["coder"], "retention")
+    open_store(home).delete(f"{versions[0].uri}{MANIFEST}")
+    assert sweep(f"{home}coder", [name(versions[1])], 0).interrupted == 1
+    assert files_of(versions[0].uri) == [TOMBSTONE]
+
+
+def test_a_step_that_ends_while_the_sweep_looks_is_not_lost(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = chain(home, 2)
+    leftover = killed_step(versions[1], 9)
+    real = collect._orphans
+
+    def slow(*arguments: object) -> object:
+        open_store(leftover).delete(f"{leftover}{CONFIG}")
+        step(versions[1], 9)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(collect, "_orphans", slow)
+    sweep(f"{home}coder", [name(version) for version in versions], 0)
+    assert read_version(leftover).manifest.request_uid == request_uid(9)
+
+
+def test_unfinished_multipart_uploads_go_after_the_grace_time(bucket: str, object_store: ObjectStore) -> None:
+    versions = chain(bucket, 2)
+    client, known = object_store.client(), [name(version) for version in versions]
+    folder = bucket.removeprefix(f"s3://{object_store.bucket}/")
+    dead = step_uri(versions[1].uri, 9).removeprefix(f"s3://{object_store.bucket}/")
+    keys = [f"{folder}coder/{ADAPTER}", f"{dead}{ADAPTER}", f"{folder}coder2/{ADAPTER}"]
+    for key in keys:
+        upload = client.create_multipart_upload(Bucket=object_store.bucket, Key=key)["UploadId"]
+        part = {"Bucket": object_store.bucket, "Key": key, "UploadId": upload, "PartNumber": 1}
+        client.upload_part(**part, Body=b"x" * 1000)
+
+    def left() -> list[str]:
+        return sorted(upload.uri for upload in open_store(bucket).uploads(bucket))
+
+    assert sweep(f"{bucket}coder", known, 3600) == (0, 0, 0, 2)
+    assert len(left()) == 3
+    time.sleep(1.1)  # the store's times are in whole seconds
+    swept = sweep(f"{bucket}coder", known, 0)
+    assert swept.uploads + swept.interrupted == 2
+    assert left() == [f"{bucket}coder2/{ADAPTER}"]
+    assert destroy(f"{bucket}coder").kept == []
+    (theirs,) = open_store(bucket).uploads(bucket)
+    assert theirs.uri == f"{bucket}coder2/{ADAPTER}"
+    for _ in range(2):
+        open_store(bucket).discard(theirs)
+    assert left() == []
+
+
+def test_files_in_the_making_go_after_the_grace_time(root: Path) -> None:
+    home = f"file://{root}/"
+    versions = chain(home, 2)
+    scratch = root / "coder" / ".claas-partial-0123"
+    scratch.write_bytes(b"half")
+    known = [name(version) for version in versions]
+    assert sweep(f"{home}coder", known, 3600) == (0, 0, 0, 1)
+    assert sweep(f"{home}coder", known, 0).uploads == 1
+    assert not scratch.exists()
+
+
+def test_credentials_that_may_not_list_uploads_still_sweep(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from claas_store.s3 import S3Store
+
+    def denied(*_: object) -> None:
+        raise StorageDenied("HTTP 403")
+
+    monkeypatch.setattr(S3Store, "uploads", denied)
+    versions = chain(bucket, 2)
+    killed_step(versions[1], 9)
+    assert sweep(f"{bucket}coder", [name(version) for version in versions], 0).interrupted == 1
+    assert "ListBucketMultipartUploads" in caplog.text
+
+
+def test_reading_what_was_destroyed(home: str) -> None:
+    chain(home)
+    destroy(f"{home}coder")
+    with pytest.raises(NotFound, match="no version"):
+        read_version(f"{home}coder")

@@ -1,0 +1,218 @@
+"""The end of versions: collecting old ones, destroying an adapter, and sweeping up what was interrupted.
+
+Collecting takes two commands, so that whoever decides can look for references once more in between: `tombstone`
+declares versions dead, which readers obey, and `delete` deletes only what was declared dead; `restore` takes a
+declaration back. Every function here may be killed anywhere and called again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+from claas_store import uris
+from claas_store.errors import ArgumentInvalid, NotTombstoned, VersionCollected, VersionInvalid
+from claas_store.family import Family, Member, erase, read_family, read_member, read_uploads
+from claas_store.stores import Store, open_store
+from claas_store.tombstone import TOMBSTONE, entomb, read_tombstone
+
+
+def tombstone(uri: str, names: Sequence[str], why: str) -> list[str]:
+    """Declares versions of the adapter at `uri` dead; gives their names. Those that are not there need nothing.
+
+    Raises:
+        UriInvalid: a name that no version of this adapter can have. Nothing was written.
+        StorageUnavailable, StorageDenied: see `Store`.
+    """
+    versions = [uris.beside(uri, name) for name in names]
+    store = open_store(uri)
+    for version in versions:
+        entomb(store, version, why)
+    return list(names)
+
+
+def restore(uri: str, names: Sequence[str]) -> list[str]:
+    """Takes tombstones back, of versions that a reference to was found; gives their names.
+
+    Raises:
+        UriInvalid: as `tombstone`.
+        VersionCollected: a version's deletion has begun. No tombstone was taken back.
+        StorageUnavailable, StorageDenied: see `Store`.
+    """
+    store = open_store(uri)
+    members = [read_member(store, uris.beside(uri, name)) for name in names]
+    for member in members:
+        if member.tombstone and not member.exists:
+            raise VersionCollected(f"{member.uri} was collected at {member.tombstone.at}: it cannot come back")
+    for member in members:
+        store.delete(uris.join(member.uri, TOMBSTONE))
+    return list(names)
+
+
+def delete(uri: str, names: Sequence[str]) -> list[str]:
+    """Deletes versions that bear a tombstone, which stays; gives their names. Again, it finds nothing to do.
+
+    Raises:
+        UriInvalid: as `tombstone`.
+        NotTombstoned: a version is there and bears none. Nothing was deleted.
+        StorageUnavailable, StorageDenied: see `Store`.
+    """
+    store = open_store(uri)
+    members = []
+    for version in [uris.beside(uri, name) for name in names]:
+        entries = store.entries(version)
+        if entries and read_tombstone(store, version) is None:
+            raise NotTombstoned(f"{version} bears no tombstone, so it was not deleted: run tombstone first")
+        members.append(Member(version, entries, read_uploads(store, version)))
+    for member in members:
+        erase(store, member, keep_tombstone=True)
+    return list(names)
+
+
+class Destroyed(NamedTuple):
+    """What became of an adapter's folders, by name."""
+
+    deleted: list[str]
+    kept: list[str]  # beside it under such names, but others', or nobody can tell whose
+
+
+def destroy(uri: str, keep: Collection[str] = ()) -> Destroyed:
+    """Deletes every version of the adapter at `uri`, its tombstones, and what its interrupted steps left behind.
+
+    Its versions are its first and those whose parents lead there. All get a tombstone before the first is deleted and
+    the youngest go first, so that the next call after a kill still knows what belongs to it. Interrupted steps have no
+    manifest to tell whose they are: they go unless another adapter's versions lie among them.
+
+    Args:
+        keep: names of versions that stay, because others begin there. Of their parents the tombstones stay, so that
+            the chain can still be verified.
+
+    Raises:
+        VersionInvalid: the first version's manifest cannot be read. Nothing was deleted.
+        UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
+    """
+    uri = uris.normalise(uri)
+    store = open_store(uri)
+    family = read_family(store, uri)
+    if family.root is not None and family.root.problem:
+        raise VersionInvalid(family.root.problem)
+    for name in keep:
+        uris.beside(uri, name)
+    own = [member for member in family.own() if member.name not in keep]
+    own.sort(key=lambda member: (-len(list(family.ancestors(member))), member.name))
+    named = {parent for name in keep if name in family.members for parent in family.ancestors(family.members[name])}
+    doomed = {member.name for member in own}
+    others = [member for member in family.members.values() if member.name not in doomed.union(keep)]
+    leftovers = [member for member in others if member.interrupted and uris.is_step_output(member.uri)]
+    if any(not member.interrupted for member in others):
+        leftovers = []
+    for member in own:
+        if member.exists and member.tombstone is None:
+            entomb(store, member.uri, "the adapter is deleted")
+    for member in [*leftovers, *own]:
+        erase(store, member, keep_tombstone=member.uri in named)
+    gone = doomed | {member.name for member in leftovers}
+    return Destroyed(sorted(gone), sorted(family.members.keys() - gone))
+
+
+class Swept(NamedTuple):
+    """How many folders (uploads: objects) were removed, and how many left for a later sweep."""
+
+    interrupted: int = 0  # without a manifest; or with a tombstone, their deletion killed
+    orphans: int = 0  # versions that no head and no history ever named
+    uploads: int = 0
+    kept: int = 0  # such as these, but younger than the grace time, or a parent of a version that stays
+
+
+def sweep(uri: str, known: Collection[str], grace_seconds: float, *, adapter_uid: str = "") -> Swept:
+    """Removes what killed processes left beside the adapter at `uri` more than `grace_seconds` ago.
+
+    - Interrupted uploads: folders of steps without a manifest, unfinished multipart uploads, deletions that were
+      killed. A folder at `uri` itself without a manifest may be somebody's own and stays.
+    - Orphans: versions that a request of this adapter made and that are not `known`: their attempt was retried, say.
+      A version says in its manifest for which adapter it was made. One that says nothing was made by a request that
+      named no adapter, and is its user's; one of another adapter is not ours to judge. Neither is removed, and nothing
+      is that a version which stays has among its parents.
+
+    Args:
+        known: names of the versions that the adapter's status names.
+        grace_seconds: more than a step may take, or a running step's files are taken for a dead one's.
+        adapter_uid: the adapter's. Without it, the uid that its known versions carry.
+
+    Raises:
+        ArgumentInvalid: nothing is known, which would make every version an orphan.
+        UriInvalid: a name that no version of this adapter can have.
+        StorageUnavailable, StorageDenied: see `Store`.
+    """
+    uri = uris.normalise(uri)
+    if not known:
+        raise ArgumentInvalid("--known names no version: an adapter without a version has nothing to sweep")
+    for name in known:
+        uris.beside(uri, name)
+    before = datetime.now(UTC) - timedelta(seconds=grace_seconds)
+    store = open_store(uri)
+    family = read_family(store, uri)
+    makers = _makers(family, known, adapter_uid)
+    orphans = _orphans(family, known, makers, before)
+    count = dict.fromkeys(Swept._fields, 0)
+    for member in family.members.values():
+        if member.name in orphans:
+            erase(store, member, keep_tombstone=False)
+            count["orphans"] += 1
+        elif _is_leftover(member) and _is_dead(store, member, before):
+            erase(store, member, keep_tombstone=True)
+            count["interrupted"] += 1
+        else:
+            stale = [upload for upload in member.uploads if upload.started <= before and not _is_leftover(member)]
+            for upload in stale:
+                store.discard(upload)
+            count["uploads"] += len(stale)
+            count["kept"] += (
+                _is_leftover(member) or _is_orphan(member, known, makers) or len(stale) < len(member.uploads)
+            )
+    return Swept(**count)
+
+
+def _is_leftover(member: Member) -> bool:
+    """Whether it holds what no reader can reach, and is certainly ours."""
+    if not uris.is_step_output(member.uri) and member.tombstone is None:
+        return False
+    dead = [entry for entry in member.entries if not entry.uri.endswith(f"/{TOMBSTONE}")]
+    return not member.exists and not member.problem and bool(dead or member.uploads)
+
+
+def _is_dead(store: Store, member: Member, before: datetime) -> bool:
+    """Whether nothing was written there since `before`; looked at once more, for a writer that was only slow."""
+    now = read_member(store, member.uri)
+    return not now.exists and member.newest <= before and all(entry.modified <= before for entry in now.entries)
+
+
+def _orphans(family: Family, known: Collection[str], makers: Collection[str], before: datetime) -> set[str]:
+    """Names of the versions to remove: claimed by nobody, old enough, and no parent of one that stays."""
+    members = family.members
+    if any(one.problem for one in members.values()):
+        return set()  # whoever cannot be read may have any parent
+    orphans = {name for name, one in members.items() if _is_orphan(one, known, makers) and one.newest <= before}
+    while True:
+        needed = {one.parent_uri for name, one in members.items() if name not in orphans}
+        kept = {name for name in orphans if members[name].uri in needed}
+        if not kept:
+            return orphans
+        orphans -= kept
+
+
+def _makers(family: Family, known: Collection[str], adapter_uid: str) -> set[str]:
+    """The adapter's uid, as it was given or as the steps that it committed carry it."""
+    if adapter_uid:
+        return {adapter_uid}
+    committed = [family.members[name].manifest for name in known if name in family.members]
+    return {manifest.adapter_uid for manifest in committed if manifest and manifest.request_uid} - {""}
+
+
+def _is_orphan(member: Member, known: Collection[str], makers: Collection[str]) -> bool:
+    """Whether a step made it for this adapter, and the adapter does not know it."""
+    manifest = member.manifest
+    if not member.exists or member.tombstone or manifest is None or member.name in known:
+        return False
+    return bool(manifest.request_uid) and manifest.adapter_uid in makers

@@ -1,0 +1,205 @@
+"""The versions beside an adapter's own uri: which folders there are, what each holds, and whose each is.
+
+An adapter's first version lies at its own uri, later ones beside it under the same name with our suffix. The name alone
+does not make a folder an adapter's: another adapter's first version, or versions of one that starts at a version of
+this one, may have such a name too. What counts is the chain of parents in the manifests, and in the tombstones of
+versions that were collected.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+
+from claas_store import uris
+from claas_store.errors import StorageDenied, UriInvalid, VersionInvalid
+from claas_store.listing import Entry, Upload
+from claas_store.stores import Store
+from claas_store.tombstone import MANIFEST, TOMBSTONE, Tombstone, read_tombstone
+from claas_store.version import Manifest, parse_manifest, read_manifest
+
+THREADS = 16
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A folder that may hold a version.
+
+    Attributes:
+        exists: it has a manifest, and so is a version.
+        manifest: the version's, or the one that the tombstone of a collected version quotes.
+        manifest_sha256: of that manifest's bytes.
+        problem: why its manifest or its tombstone cannot be read; then nothing else is known of it.
+    """
+
+    uri: str
+    entries: Sequence[Entry] = ()
+    uploads: Sequence[Upload] = ()
+    exists: bool = False
+    manifest: Manifest | None = None
+    manifest_sha256: str = ""
+    tombstone: Tombstone | None = None
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """The last segment of its uri."""
+        return uris.version_name(self.uri)
+
+    @property
+    def interrupted(self) -> bool:
+        """Objects without a manifest and without a tombstone: nobody can read them."""
+        return not self.exists and self.tombstone is None and not self.problem
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no request made it: a created, adopted or forked version, with which an adapter begins."""
+        return self.manifest is not None and not self.manifest.request_uid
+
+    @property
+    def newest(self) -> datetime:
+        """When something of it was last written."""
+        return max([entry.modified for entry in self.entries] + [upload.started for upload in self.uploads])
+
+    @property
+    def parent_uri(self) -> str | None:
+        """The version that it was made from, in its one spelling."""
+        if self.manifest is None or self.manifest.parent is None:
+            return None
+        try:
+            return uris.normalise(self.manifest.parent.uri)
+        except UriInvalid:
+            return None
+
+
+class Family:
+    """The folders beside `uri` with names of its versions, by their names."""
+
+    def __init__(self, uri: str, members: Mapping[str, Member]) -> None:
+        self.uri, self.members = uri, members
+        self._by_uri = {member.uri: member for member in members.values()}
+
+    @property
+    def root(self) -> Member | None:
+        """The folder at the adapter's own uri, if anything lies there."""
+        return self.members.get(uris.version_name(self.uri))
+
+    def ancestors(self, member: Member) -> Iterator[str]:
+        """The uris of a version's parents, nearest first, as far as its adapter's first version and as they are known.
+
+        The last may be of another adapter (a fork's origin), or not be there.
+        """
+        seen = {member.uri}
+        at: Member | None = member
+        while at is not None and not at.is_first and (parent := at.parent_uri) is not None and parent not in seen:
+            yield parent
+            seen.add(parent)
+            at = self._by_uri.get(parent)
+
+    def own(self) -> list[Member]:
+        """The versions of the adapter at `uri`, collected ones included: its first, and those whose parents lead to it.
+
+        An adapter may begin at another adapter's version, where that lies: then what that other adapter made is not
+        its own, though its parents lead there too.
+        """
+        root = self.root
+        first = None if root is None else root.manifest
+        lender = first.adapter_uid if first is not None and first.request_uid else ""
+        return [
+            member
+            for member in self.members.values()
+            if member.manifest is not None
+            and (member.uri == self.uri or (not member.is_first and self.uri in self.ancestors(member)))
+            and not (lender and member.manifest.adapter_uid == lender)
+        ]
+
+
+def read_family(store: Store, uri: str) -> Family:
+    """What lies beside `uri` under the names of its versions.
+
+    Raises:
+        UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
+    """
+    uri = uris.normalise(uri)
+    folder, base = uris.parent_folder(uri), uris.base_name(uri)
+    entries: dict[str, list[Entry]] = defaultdict(list)
+    uploads: dict[str, list[Upload]] = defaultdict(list)
+    for entry in store.entries(folder, base):
+        if name := _member_name(uri, folder, entry.uri):
+            entries[name].append(entry)
+    for upload in read_uploads(store, folder, base):
+        if name := _member_name(uri, folder, upload.uri):
+            uploads[name].append(upload)
+    names = sorted(entries.keys() | uploads.keys())
+    with ThreadPoolExecutor(THREADS) as threads:
+        read = threads.map(lambda name: _member(store, uris.beside(uri, name), entries[name], uploads[name]), names)
+        return Family(uri, dict(zip(names, read, strict=True)))
+
+
+def read_member(store: Store, uri: str) -> Member:
+    """What lies at `uri` alone.
+
+    Raises:
+        UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
+    """
+    uri = uris.normalise(uri)
+    return _member(store, uri, store.entries(uri), [])
+
+
+def read_uploads(store: Store, folder: str, starting: str = "") -> Sequence[Upload]:
+    """As `Store.uploads`; none, and a word in the log, where the credentials may not list them: rights that are enough
+    for everything else often lack this one.
+
+    Raises:
+        StorageUnavailable: see `Store`.
+    """
+    try:
+        return store.uploads(folder, starting)
+    except StorageDenied as error:
+        log.warning("unfinished uploads are not looked for (s3:ListBucketMultipartUploads is needed): %s", error)
+        return []
+
+
+def erase(store: Store, member: Member, *, keep_tombstone: bool) -> None:
+    """Deletes what lies in a folder: the manifest first, so that no half of it can be read; the tombstone last.
+
+    Raises:
+        StorageUnavailable, StorageDenied: see `Store`.
+    """
+    last = uris.join(member.uri, TOMBSTONE)
+    store.delete(uris.join(member.uri, MANIFEST))
+    for entry in member.entries:
+        try:
+            if entry.uri != last:
+                store.delete(entry.uri)
+        except UriInvalid as error:  # a key that is none of ours, such as one with an empty segment
+            log.warning("an object stays: %s", error)
+    for upload in member.uploads:
+        store.discard(upload)
+    if not keep_tombstone:
+        store.delete(last)
+
+
+def _member_name(uri: str, folder: str, found: str) -> str | None:
+    """The name of the version that an object below `folder` is part of, if it is of one beside `uri`."""
+    name, _, rest = found.removeprefix(folder).partition("/")
+    return name if rest and uris.is_beside(uri, name) else None
+
+
+def _member(store: Store, uri: str, entries: Sequence[Entry], uploads: Sequence[Upload]) -> Member:
+    names = {entry.uri.removeprefix(uri) for entry in entries}
+    try:
+        stone = read_tombstone(store, uri) if TOMBSTONE in names else None
+        found = read_manifest(store, uri) if MANIFEST in names else None
+        quoted = stone.manifest.encode() if stone else b""
+        known = found or (parse_manifest(quoted, f"{uri}: {TOMBSTONE}: manifest") if quoted else None)
+    except VersionInvalid as error:
+        return Member(uri, entries, uploads, exists=MANIFEST in names, problem=str(error))
+    manifest, digest = known or (None, "")
+    return Member(uri, entries, uploads, found is not None, manifest, digest, stone)

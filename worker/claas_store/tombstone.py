@@ -1,0 +1,103 @@
+"""A tombstone: the small object that says of a version that it is being collected, and afterwards that it was.
+
+It is written before anything is deleted and outlives the version. It quotes the version's manifest, whose sha256 the
+next version names, so a chain of parents can still be followed and verified to its beginning when most of its versions
+have been collected (about 3 KB each): a collected parent is never mistaken for a broken chain. `claas.tombstone.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from datetime import UTC, datetime
+from typing import Final, Literal
+
+from pydantic import Field, ValidationError
+
+from claas_crds.model import StatusModel
+from claas_store import uris
+from claas_store.errors import AlreadyExists, NotFound, VersionCollected, VersionInvalid
+from claas_store.limits import MAX_MANIFEST_BYTES, MAX_TOMBSTONE_BYTES
+from claas_store.stores import Store
+
+TOMBSTONE: Final = "claas.tombstone.json"
+MANIFEST: Final = "claas.json"
+WAIT_SECONDS = 5.0  # a reader waits for so long: a collection that finds a reference takes its tombstones back
+POLL_SECONDS = 0.5
+
+
+class Tombstone(StatusModel):
+    """`claas.tombstone.json`; fields of a later release are ignored."""
+
+    schema_version: Literal[1] = 1
+    at: str = Field("", max_length=40, description="RFC 3339, UTC.")
+    why: str = Field("", max_length=253)
+    manifest: str = Field("", description="The text of the version's claas.json; empty where it could not be read.")
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Of the manifest that it quotes: what the next version's `parent.sha256` is."""
+        return hashlib.sha256(self.manifest.encode()).hexdigest()
+
+
+def read_tombstone(store: Store, uri: str) -> Tombstone | None:
+    """The tombstone of the version at `uri`; None when it has none.
+
+    Raises:
+        VersionInvalid: there is one, but it cannot be read.
+        StorageUnavailable, StorageDenied: see `Store`.
+    """
+    try:
+        data = store.get(uris.join(uri, TOMBSTONE), max_bytes=MAX_TOMBSTONE_BYTES)
+    except NotFound:
+        return None
+    try:
+        return Tombstone.model_validate(json.loads(data))
+    except (ValidationError, ValueError, RecursionError):
+        raise VersionInvalid(f"{uri}: {TOMBSTONE} does not fit its schema") from None
+
+
+def entomb(store: Store, uri: str, why: str) -> None:
+    """Gives the version at `uri` its tombstone; it may have one, and what is not there at all needs none.
+
+    Raises:
+        TooLarge, StorageUnavailable, StorageDenied: see `Store`.
+    """
+    try:
+        manifest = store.get(uris.join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
+    except NotFound:
+        return
+    try:
+        text = manifest.decode()
+    except UnicodeDecodeError:  # never ours; its digest could not be kept either
+        text = ""
+    stone = Tombstone(at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"), why=why, manifest=text)
+    data = json.dumps(stone.model_dump(by_alias=True, mode="json"), indent=2, ensure_ascii=False).encode() + b"\n"
+    try:
+        store.put(uris.join(uri, TOMBSTONE), data)
+    except AlreadyExists:
+        return
+
+
+def refuse_collected(store: Store, uri: str) -> None:
+    """Returns when the version at `uri` bears no tombstone, for which it waits a little.
+
+    Raises:
+        VersionCollected: it bears one.
+        VersionInvalid, StorageUnavailable, StorageDenied: as `read_tombstone`.
+    """
+    end = time.monotonic() + WAIT_SECONDS
+    while stone := read_tombstone(store, uri):
+        if time.monotonic() >= end or not _exists(store, uri):
+            since = f"{stone.at}: {stone.why}" if stone.why else stone.at
+            raise VersionCollected(f"{uri} is collected (since {since}): name a later version")
+        time.sleep(POLL_SECONDS)
+
+
+def _exists(store: Store, uri: str) -> bool:
+    try:
+        store.get(uris.join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
+    except NotFound:
+        return False
+    return True
