@@ -137,6 +137,7 @@ def test_the_teacher_is_asked_where_there_is_one() -> None:
 def test_the_rest_models_have_what_the_resources_have() -> None:
     assert models.Training.model_fields.keys() == crd.Training.model_fields.keys()
     assert models.Metadata.model_fields.keys() == crd.Metadata.model_fields.keys()
+    assert models.Teacher.model_fields.keys() == crd.Teacher.model_fields.keys()
     assert models.Timings.model_fields.keys() == crd.Timings.model_fields.keys()
     assert models.LiteSample.model_fields.keys() == crd.Sample.model_fields.keys()
     for name, field in crd.Training.model_fields.items():

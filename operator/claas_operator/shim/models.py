@@ -248,6 +248,20 @@ class Teacher(Body):
     support: Literal["teacher", "student"] | None = Field(
         None, description="Whose top-K tokens are compared; teacher. student needs a teacher that can score chosen ids."
     )
+    contrast: float | None = Field(
+        None,
+        ge=0,
+        le=16,
+        description="Mode Self, a person's feedback: learn only what the words add, so strongly; 2. 0: as in the paper.",
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "contrast",
+            "contrast needs mode Self: name that, or leave it out",
+            lambda teacher: not teacher.contrast or teacher.mode == "Self",
+        ),
+    )
 
 
 def _has_any(*names: str) -> Callable[[Any], bool]:
@@ -457,6 +471,7 @@ class Metadata(Numbers):
     advantage_clamps: int | None = Field(None, description="Advantages that advantage_clip bounded.")
     teacher_id: str | None = Field(None, description="Model that scored the response.")
     teacher_mode: str | None = Field(None, description="Server, Self or Provided.")
+    teacher_contrast: float | None = Field(None, description="contrast in effect; absent when off.")
     truncated: bool | None = Field(None, description="Whether a response or a prompt was cut.")
     template_id: str | None = Field(None, description="Wording of the teacher's context, with version.")
 
