@@ -252,7 +252,7 @@ class Teacher(Body):
         None,
         ge=0,
         le=16,
-        description="Mode Self, a person's feedback: learn only what the words add, so strongly; 2. 0: as in the paper.",
+        description="Mode Self, a person's feedback: learn only what the words add, so strongly; 2. 0: as the paper.",
     )
 
     rules: ClassVar[tuple[Rule, ...]] = (
