@@ -174,10 +174,14 @@ def test_a_request_tells_where_it_is_and_nothing_of_what_it_holds() -> None:
 
 def test_an_answer_has_the_nine_numbers_and_no_more() -> None:
     raw = request("r", status={"loraUri": URI, "metadata": NUMBERS | {"jsd": 0.1, "teacherId": "x"}})
-    found = spec.to_distilled(raw).model_dump()
-    assert found["metadata"].keys() == models.Numbers.model_fields.keys()
-    nothing = spec.to_distilled(request("r", status={"loraUri": URI})).metadata
-    assert (nothing.total_loss, nothing.mean_is_ratio, nothing.tokens_processed) == (0, 1, 0)
+    found = spec.to_distilled(raw)
+    assert found is not None
+    assert found.model_dump()["metadata"].keys() == models.Numbers.model_fields.keys()
+    nothing = spec.to_distilled(request("r", status={"loraUri": URI, "reason": "NoSignal"}))
+    assert nothing is not None
+    numbers = nothing.metadata
+    assert (numbers.total_loss, numbers.mean_is_ratio, numbers.tokens_processed) == (0, 1, 0)
+    assert spec.to_distilled(request("r", status={"loraUri": URI})) is None, "no numbers are made up"
 
 
 def history(*moves: tuple[int, str, str]) -> list[Raw]:

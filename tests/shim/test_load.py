@@ -42,7 +42,7 @@ def times(stage: ShimStage, id_: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("seconds", [0.0, ARRIVAL_SECONDS], ids=["all in one moment", "one after another"])
 async def test_200_callers_hear_within_150_ms(stage: ShimStage, shim: Shim, seconds: float) -> None:
-    """Two measures: the issue's (answer time minus creation to completion), and one that the cut of the creation time to
+    """Two measures: the issue's (answer time minus creation to completion), and one that the cut of creation times to
     whole seconds cannot flatter: how long after its completion an answer was there.
 
     Both hold for callers that arrive within a few seconds and wait side by side. When all arrive in one moment, the

@@ -204,7 +204,9 @@ async def _distill(
         return _accepted(where, spec.to_request(raw), wait)
     if end["type"] != "Complete":
         raise problems.failed(end.get("reason", ""), end.get("message", ""), where)
-    return JSONResponse(_json(spec.to_distilled(raw)), headers={"Content-Location": where})
+    if (found := spec.to_distilled(raw)) is None:
+        return _accepted(where, spec.to_request(raw), wait)
+    return JSONResponse(_json(found), headers={"Content-Location": where})
 
 
 async def _request_of(
