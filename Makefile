@@ -27,7 +27,7 @@ demo: python ## install into a real cluster and train an adapter, start to finis
 test: python ## lint, unit, contract, control-plane, vLLM and end-to-end tests; full images when they changed
 	@python3.11 tests/prepare.py --tests
 	@$(MAKE) --no-print-directory lint
-	$(PY) -m pytest tests -q --durations=25 $(if $(KUBECONFIG),,--require-all --images)
+	$(PY) tests/lanes.py --durations=15 $(if $(KUBECONFIG),,--require-all --images)
 
 .PHONY: test-images
 test-images: python ## the one test of the full images: build, import, run a request (gigabytes, minutes)
@@ -62,8 +62,9 @@ kills: env ## kill a teacher's engine in the middle of a scoring, ten times (10 
 	CLAAS_KILLS=10 $(PY) -m pytest tests/teacher/test_deaths.py -q -s
 
 .PHONY: docs
-docs: env ## draw the plots of docs/
+docs: env ## draw the plots of docs/, and write docs/cli.md from the commands
 	$(PY) docs/alpha.py
+	$(PY) -m claas_operator.cli.reference
 
 .PHONY: lint
 lint: env ## ruff, mypy --strict, import-linter, generated files

@@ -366,10 +366,6 @@ defaultBaseModel: {{ .Values.model.id }}
 storage:
   prefixes:
     {{- toYaml .Values.storage.prefixes | nindent 4 }}
-  {{- with .Values.storage.forkPrefixes }}
-  forkPrefixes:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
 {{- with include "claas.teacherUrl" . }}
 teacher:
   url: {{ . }}
@@ -437,13 +433,6 @@ requestTtlSeconds: {{ int64 $own.requestTtlSeconds }}
 {{- fail (printf "storage.fileRoots[%d]: %s has an empty, '.' or '..' segment; name the folder itself" $i $root) }}
 {{- end }}
 {{- end }}
-{{- $auth := .Values.shim.auth }}
-{{- if and .Values.shim.enabled (ne (eq $auth.mode "None") (not (empty $auth.namespace))) }}
-{{- fail "shim.auth: mode None (no authentication) needs namespace, the one tenant that every caller is; no other mode has it" }}
-{{- end }}
-{{- if gt (float64 .Values.shim.waitSeconds) (float64 .Values.shim.maxWaitSeconds) }}
-{{- fail (printf "shim.waitSeconds: %v is more than shim.maxWaitSeconds %v" .Values.shim.waitSeconds .Values.shim.maxWaitSeconds) }}
-{{- end }}
 {{- range $list := list "prefixes" "forkPrefixes" }}
 {{- range $i, $prefix := index $.Values.storage $list }}
 {{- if or (contains "/./" $prefix.uri) (contains "/../" $prefix.uri) }}
@@ -462,6 +451,13 @@ requestTtlSeconds: {{ int64 $own.requestTtlSeconds }}
 {{- end }}
 {{- if and .Values.storage.encryption.kmsKeyId (ne .Values.storage.encryption.mode "aws:kms") }}
 {{- fail "storage.encryption.kmsKeyId needs mode aws:kms: with any other nothing would use the key" }}
+{{- end }}
+{{- $auth := .Values.shim.auth }}
+{{- if and .Values.shim.enabled (ne (eq $auth.mode "None") (not (empty $auth.namespace))) }}
+{{- fail "shim.auth: mode None (no authentication) needs namespace, the one tenant that every caller is; no other mode has it" }}
+{{- end }}
+{{- if gt (float64 .Values.shim.waitSeconds) (float64 .Values.shim.maxWaitSeconds) }}
+{{- fail (printf "shim.waitSeconds: %v is more than shim.maxWaitSeconds %v" .Values.shim.waitSeconds .Values.shim.maxWaitSeconds) }}
 {{- end }}
 {{- if and .Values.teacher.enabled .Values.teacher.url }}
 {{- fail "teacher.url is for a teacher elsewhere: set teacher.enabled to false with it" }}

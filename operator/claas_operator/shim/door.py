@@ -44,7 +44,7 @@ class Door:
     def __init__(self, settings: ShimSettings, cluster: Cluster) -> None:
         self.settings, self.cluster = settings, cluster
         self.auth = make_auth(settings, cluster)
-        self.payloads = Payloads(settings, cluster)
+        self.payloads = Payloads(settings, cluster, lambda: self.requests.synced.is_set() and self.requests.connected)
         self.requests = Informer(
             cluster,
             Kind.REQUEST,

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -31,10 +31,14 @@ _TIME: Final = "%Y%m%d-%H%M%S"
 
 
 class Payloads:
-    """`seen` and `lost` are the informer's; `run` it for ever."""
+    """`seen` and `lost` are the informer's; `run` it for ever.
 
-    def __init__(self, settings: ShimSettings, cluster: Cluster) -> None:
-        self._settings, self._cluster = settings, cluster
+    Args:
+        whole: whether the informer has told of every request there is, and still hears: nothing is swept before.
+    """
+
+    def __init__(self, settings: ShimSettings, cluster: Cluster, whole: Callable[[], bool]) -> None:
+        self._settings, self._cluster, self._whole = settings, cluster, whole
         self._named: dict[str, str] = {}  # uid of a request -> the payload that it names
         self._orphans: asyncio.Queue[str] = asyncio.Queue()
 
@@ -87,6 +91,9 @@ class Payloads:
 
     async def sweep(self) -> None:
         """Finds payloads that nobody names and that are older than the grace time."""
+        if not self._whole():
+            log.warning("payloads not swept: not every request is known")
+            return
         try:
             namespaces = await self._cluster.namespaces()
         except FAILURES as error:
