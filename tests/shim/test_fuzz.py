@@ -39,7 +39,7 @@ ACCEPTED_SHARE = 0.20
 def shim(stage: ShimStage) -> Shim:
     """One that does not keep a generated call waiting."""
     stage.adapter("coder")
-    return stage.start_shim(waitSeconds=0.2, maxWaitSeconds=0.2)
+    return stage.start_shim(waitSeconds=0.05, maxWaitSeconds=0.05)
 
 
 def test_schemathesis_finds_nothing(stage: ShimStage, shim: Shim, tmp_path: Path) -> None:

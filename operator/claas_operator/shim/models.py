@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from claas_crds.adapter import ModuleName
@@ -127,6 +128,13 @@ def _sample_forms(*taught: str) -> dict[str, Any]:
     return {"anyOf": [_form(needed, absent) for needed, absent in _singles(*taught)]}
 
 
+_BY_USER: Final[JsonDict] = {"type": "object", "properties": {"role": {"const": "user"}}, "required": ["role"]}
+# Which turn is the last, JSON schema cannot say but of a single one.
+_CONVERSATION: Final[JsonDict] = {
+    "anyOf": [{"type": "null"}, {"maxItems": 1, "items": _BY_USER}, {"minItems": 2, "contains": _BY_USER}]
+}
+
+
 class Sample(Body):
     """One response and what is known about it."""
 
@@ -135,6 +143,7 @@ class Sample(Body):
         None,
         min_length=1,
         max_length=MAX_PAYLOAD_MESSAGES,
+        json_schema_extra={"allOf": [_CONVERSATION]},
         description="The conversation up to the response; its last turn is a user's or tool's. Either this or prompt.",
     )
     response: Text | None = Field(
