@@ -44,7 +44,7 @@ def shim(stage: ShimStage) -> Shim:
 
 @pytest.mark.parametrize("mode", ["all", "positive"])
 def test_schemathesis_finds_nothing(stage: ShimStage, shim: Shim, tmp_path: Path, mode: str) -> None:
-    """Calls that fit the document are accepted often enough to reach behind the validation; the others never get far."""
+    """Calls that fit the document are accepted often enough to reach behind the validation; others never get so far."""
     har = tmp_path / "calls.har"
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{shim.url}/openapi.json"),
