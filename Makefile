@@ -53,6 +53,10 @@ learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (h
 fuzz-api: env ## ten thousand generated calls of the REST API (half an hour)
 	CLAAS_FUZZ_EXAMPLES=700 $(PY) -m pytest tests/shim/test_fuzz.py -q -s
 
+.PHONY: bench-api
+bench-api: env ## 200 callers at once: how late they hear, judged (on an idle machine); 1,000 that wait: what they cost
+	CLAAS_LATE_SECONDS=0.15 $(PY) -m pytest tests/shim/test_load.py -q -s
+
 .PHONY: kills
 kills: env ## kill a teacher's engine in the middle of a scoring, ten times (10 minutes)
 	CLAAS_KILLS=10 $(PY) -m pytest tests/teacher/test_deaths.py -q -s

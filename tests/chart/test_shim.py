@@ -84,6 +84,12 @@ def test_a_mistake_is_named(helm: Helm, mistake: str, words: str) -> None:
     assert words in helm.refusal("--set", mistake)
 
 
+def test_it_knows_where_forks_may_start(helm: Helm) -> None:
+    objects = helm.render("--set-json", 'storage.forkPrefixes=[{"namespace": "bob", "uri": "s3://adapters/alice/"}]')
+    settings = ShimSettings.model_validate(shim_settings_of(objects))
+    assert (settings.fork_prefixes("bob"), settings.fork_prefixes("alice")) == (["s3://adapters/alice/"], [])
+
+
 def test_one_trusted_tenant(helm: Helm) -> None:
     objects = helm.render("--set", "shim.auth.mode=None,shim.auth.namespace=team")
     settings = ShimSettings.model_validate(shim_settings_of(objects))

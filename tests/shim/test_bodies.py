@@ -137,6 +137,7 @@ def test_the_teacher_is_asked_where_there_is_one() -> None:
 def test_the_rest_models_have_what_the_resources_have() -> None:
     assert models.Training.model_fields.keys() == crd.Training.model_fields.keys()
     assert models.Metadata.model_fields.keys() == crd.Metadata.model_fields.keys()
+    assert models.Teacher.model_fields.keys() == crd.Teacher.model_fields.keys()
     assert models.Timings.model_fields.keys() == crd.Timings.model_fields.keys()
     assert models.LiteSample.model_fields.keys() == crd.Sample.model_fields.keys()
     for name, field in crd.Training.model_fields.items():
@@ -173,10 +174,14 @@ def test_a_request_tells_where_it_is_and_nothing_of_what_it_holds() -> None:
 
 def test_an_answer_has_the_nine_numbers_and_no_more() -> None:
     raw = request("r", status={"loraUri": URI, "metadata": NUMBERS | {"jsd": 0.1, "teacherId": "x"}})
-    found = spec.to_distilled(raw).model_dump()
-    assert found["metadata"].keys() == models.Numbers.model_fields.keys()
-    nothing = spec.to_distilled(request("r", status={"loraUri": URI})).metadata
-    assert (nothing.total_loss, nothing.mean_is_ratio, nothing.tokens_processed) == (0, 1, 0)
+    found = spec.to_distilled(raw)
+    assert found is not None
+    assert found.model_dump()["metadata"].keys() == models.Numbers.model_fields.keys()
+    nothing = spec.to_distilled(request("r", status={"loraUri": URI, "reason": "NoSignal"}))
+    assert nothing is not None
+    numbers = nothing.metadata
+    assert (numbers.total_loss, numbers.mean_is_ratio, numbers.tokens_processed) == (0, 1, 0)
+    assert spec.to_distilled(request("r", status={"loraUri": URI})) is None, "no numbers are made up"
 
 
 def history(*moves: tuple[int, str, str]) -> list[Raw]:

@@ -39,16 +39,18 @@ ACCEPTED_SHARE = 0.20
 def shim(stage: ShimStage) -> Shim:
     """One that does not keep a generated call waiting."""
     stage.adapter("coder")
-    return stage.start_shim(waitSeconds=2, maxWaitSeconds=2)
+    return stage.start_shim(waitSeconds=0.05, maxWaitSeconds=0.05)
 
 
-def test_schemathesis_finds_nothing(stage: ShimStage, shim: Shim, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["all", "positive"])
+def test_schemathesis_finds_nothing(stage: ShimStage, shim: Shim, tmp_path: Path, mode: str) -> None:
+    """Calls that fit the document are accepted often enough to reach behind the validation; others never get so far."""
     har = tmp_path / "calls.har"
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{shim.url}/openapi.json"),
         *("--header", f"Authorization: Bearer {stage.token()}"),
         *("--checks", ",".join(CHECKS), "--max-examples", str(EXAMPLES), "--seed", SEED),
-        *("--request-timeout", "30", "--continue-on-failure", "--no-color"),
+        *("--mode", mode, "--request-timeout", "30", "--continue-on-failure", "--no-color"),
         *("--report", "har", "--report-har-path", str(har)),
     ]
     done = subprocess.run(
@@ -63,5 +65,5 @@ def test_schemathesis_finds_nothing(stage: ShimStage, shim: Shim, tmp_path: Path
     print(f"{calls.total()} calls, {accepted:.0%} accepted: {dict(sorted(calls.items()))}")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert not [status for status in calls if status >= 500]
-    assert accepted >= ACCEPTED_SHARE
+    assert accepted >= ACCEPTED_SHARE or mode == "all", "half of those of all modes are wrong on purpose"
     assert shim.process.poll() is None

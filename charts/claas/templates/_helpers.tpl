@@ -366,6 +366,10 @@ defaultBaseModel: {{ .Values.model.id }}
 storage:
   prefixes:
     {{- toYaml .Values.storage.prefixes | nindent 4 }}
+  {{- with .Values.storage.forkPrefixes }}
+  forkPrefixes:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- with include "claas.teacherUrl" . }}
 teacher:
   url: {{ . }}

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from claas_crds.adapter import ModuleName
@@ -127,6 +128,13 @@ def _sample_forms(*taught: str) -> dict[str, Any]:
     return {"anyOf": [_form(needed, absent) for needed, absent in _singles(*taught)]}
 
 
+_BY_USER: Final[JsonDict] = {"type": "object", "properties": {"role": {"const": "user"}}, "required": ["role"]}
+# Which turn is the last, JSON schema cannot say but of a single one.
+_CONVERSATION: Final[JsonDict] = {
+    "anyOf": [{"type": "null"}, {"maxItems": 1, "items": _BY_USER}, {"minItems": 2, "contains": _BY_USER}]
+}
+
+
 class Sample(Body):
     """One response and what is known about it."""
 
@@ -135,6 +143,7 @@ class Sample(Body):
         None,
         min_length=1,
         max_length=MAX_PAYLOAD_MESSAGES,
+        json_schema_extra={"allOf": [_CONVERSATION]},
         description="The conversation up to the response; its last turn is a user's or tool's. Either this or prompt.",
     )
     response: Text | None = Field(
@@ -247,6 +256,20 @@ class Teacher(Body):
     )
     support: Literal["teacher", "student"] | None = Field(
         None, description="Whose top-K tokens are compared; teacher. student needs a teacher that can score chosen ids."
+    )
+    contrast: float | None = Field(
+        None,
+        ge=0,
+        le=16,
+        description="Mode Self, a person's feedback: learn only what the words add, so strongly; 2. 0: as the paper.",
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "contrast",
+            "contrast needs mode Self: name that, or leave it out",
+            lambda teacher: not teacher.contrast or teacher.mode == "Self",
+        ),
     )
 
 
@@ -457,6 +480,7 @@ class Metadata(Numbers):
     advantage_clamps: int | None = Field(None, description="Advantages that advantage_clip bounded.")
     teacher_id: str | None = Field(None, description="Model that scored the response.")
     teacher_mode: str | None = Field(None, description="Server, Self or Provided.")
+    teacher_contrast: float | None = Field(None, description="contrast in effect; absent when off.")
     truncated: bool | None = Field(None, description="Whether a response or a prompt was cut.")
     template_id: str | None = Field(None, description="Wording of the teacher's context, with version.")
 

@@ -141,16 +141,8 @@ async def _wait(
 AnyWait = Annotated[Wait, Depends(_wait)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Items of a page, at most.")]
 Continue = Annotated[str | None, Query(alias="continue", max_length=4096, description="`continue` of the page before.")]
-Key = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        min_length=1,
-        max_length=MAX_KEY,
-        description="Any text of yours. The same key with the same body is the same request, whichever replica "
-        "answers; with another body it is a 409. It is remembered for as long as the request is.",
-    ),
-]
+# Not a parameter of the document: tools that generate calls would send one key with every body.
+Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=MAX_KEY, include_in_schema=False)]
 Name = Annotated[str, Path(description="Its name.", max_length=253, pattern=f"^{_NAME.pattern}$")]
 Id = Annotated[str, Path(description="The request's id.", max_length=253, pattern=f"^{_NAME.pattern}$")]
 
@@ -174,7 +166,11 @@ MayAsk = Annotated[Tenant, Depends(tenant("create", Kind.REQUEST))]
 async def distill(
     request: Request, tenant: MayAsk, wait: AnyWait, body: models.DistillBody, key: Key = None
 ) -> Response:
-    """One training step on an adapter, from feedback on a response."""
+    """One training step on an adapter, from feedback on a response.
+
+    With the header `Idempotency-Key` (any text of yours), the same key and body are the same request, whichever replica
+    answers; another body is a 409. A key is remembered for as long as its request is.
+    """
     return await _distill(request, tenant, wait, body, key, "distill")
 
 
@@ -182,7 +178,10 @@ async def distill(
 async def distill_lite(
     request: Request, tenant: MayAsk, wait: AnyWait, body: models.LiteBody, key: Key = None
 ) -> Response:
-    """The same with the teacher's log-probabilities given: no teacher is asked."""
+    """The same with the teacher's log-probabilities given: no teacher is asked.
+
+    `Idempotency-Key` as above.
+    """
     return await _distill(request, tenant, wait, body, key, "distill/lite")
 
 
@@ -204,7 +203,9 @@ async def _distill(
         return _accepted(where, spec.to_request(raw), wait)
     if end["type"] != "Complete":
         raise problems.failed(end.get("reason", ""), end.get("message", ""), where)
-    return JSONResponse(_json(spec.to_distilled(raw)), headers={"Content-Location": where})
+    if (found := spec.to_distilled(raw)) is None:
+        return _accepted(where, spec.to_request(raw), wait)
+    return JSONResponse(_json(found), headers={"Content-Location": where})
 
 
 async def _request_of(

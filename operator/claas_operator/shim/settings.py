@@ -89,7 +89,7 @@ class ShimSettings(_Part):
 
     def fork_prefixes(self, namespace: str) -> list[str]:
         """Where `namespace` may start adapters from, besides its own prefixes."""
-        return _of(getattr(self.storage, "fork_prefixes", ()), namespace)
+        return _of(self.storage.fork_prefixes, namespace)
 
     @classmethod
     def of(cls, operator: Settings, **changes: Any) -> ShimSettings:

@@ -264,10 +264,15 @@ def to_request(raw: Object) -> models.Request:
     )
 
 
-def to_distilled(raw: Object) -> models.Distilled:
-    """The published answer of a request that has ended well."""
+def to_distilled(raw: Object) -> models.Distilled | None:
+    """The published answer of a request that has ended well; None: its numbers were lost with an attempt."""
     status = DistillRequestStatus.model_validate(raw.get("status") or {})
-    numbers = status.metadata.model_dump() if status.metadata else _NOTHING_LEARNT
+    if status.metadata is not None:
+        numbers: Mapping[str, Any] = status.metadata.model_dump()
+    elif status.reason == Reason.NO_SIGNAL:
+        numbers = _NOTHING_LEARNT
+    else:
+        return None
     return models.Distilled(lora_uri=status.lora_uri, metadata=models.Numbers.model_validate(numbers))
 
 
