@@ -65,6 +65,7 @@ class Teacher(TypedDict, total=False):
 
     mode: Literal["Server", "Self"]
     support: Literal["teacher", "student"]
+    contrast: float
 
 
 class DistillBody(Sample, total=False):
@@ -145,6 +146,7 @@ class Metadata(Numbers):
     advantage_clamps: int | None = None
     teacher_id: str | None = None
     teacher_mode: str | None = None
+    teacher_contrast: float | None = None
     truncated: bool | None = None
     template_id: str | None = None
 
