@@ -91,7 +91,7 @@ def pod_of(template: Object, name: str) -> Object:
 def test_the_api_server_admits_every_pod(kubectl: Kubectl, helm: Helm, variant: str) -> None:
     """Under the restricted Pod Security Standard; those of the operator's settings too, which nobody else checks."""
     namespace = restricted_namespace(kubectl)
-    for account in ("operator", "worker", "operation", "teacher"):
+    for account in ("operator", "worker", "operation", "teacher", "shim"):
         kubectl("create", "serviceaccount", f"claas-{account}", "-n", namespace)
     for name, template in pod_templates(helm.render(*VARIANTS[variant])).items():
         pod = pod_of(template, "x")
@@ -104,7 +104,7 @@ def test_every_deployment_and_job_gets_its_pods(kubectl: Kubectl, namespace: str
         pods = kubectl.get("pods", "-n", namespace)
         return sorted(pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in pods)
 
-    expected = ["fetch", "fetch", "operator", "operator", "seaweedfs", "teacher"]
+    expected = ["fetch", "fetch", "operator", "operator", "seaweedfs", "shim", "teacher"]
     until("Pods of every workload", lambda: components() == expected)
 
 

@@ -164,10 +164,12 @@ class ControlPlaneModel(RuleBasedStateMachine):
             return
         if (Kind.ADAPTER, TEAM, name) in self.api.objects:
             self.api.ask_to_delete(Kind.ADAPTER, TEAM, name)
-        if (Kind.ADAPTER, TEAM, name) not in self.api.objects:  # else its versions go first
-            self.create_adapter(name, ready)
+        self.user_creates_adapter(name, ready)
 
-    def create_adapter(self, name: str, ready: bool) -> None:
+    def user_creates_adapter(self, name: str, ready: bool) -> None:
+        """Unless there is one, which may be waiting for its versions to go."""
+        if (Kind.ADAPTER, TEAM, name) in self.api.objects:
+            return
         # Where versions were kept, the store would refuse another adapter.
         version = name if "deletionPolicy" in SPECS[name] else f"{name}-{self.api.version}"
         uri, uid = f"{PREFIX}{version}/", f"uid-{name}-{self.api.version}"
@@ -522,11 +524,10 @@ class ControlPlaneModel(RuleBasedStateMachine):
         for worker in self.workers.values():  # the immortal die at last
             worker.alive = worker.alive and (Kind.POD, HOME, worker.name) in self.api.objects
         for _ in range(CALM_ROUNDS):
-            for name in ADAPTERS:  # requests wait for one that is gone: its user comes back
-                if (Kind.ADAPTER, TEAM, name) not in self.api.objects:
-                    self.create_adapter(name, ready=True)
             if self.at_rest():
                 break
+            for name in ADAPTERS:
+                self.user_creates_adapter(name, ready=False)
             self.kubelet()
             self.garbage_collector()
             self.time_passes(1)
