@@ -437,12 +437,14 @@ def outcome(request: Request) -> Distilled:
 
     Raises:
         RequestFailed: no step.
-        AnswerInvalid: it says that it is Complete, and not with which version.
+        AnswerInvalid: it says that it is Complete, and not with which version or numbers.
     """
     if request.state != "Complete":
         raise RequestFailed.of(request)
     if request.lora_uri is None:
         raise AnswerInvalid(f"request {request.id} is Complete without a version")
+    if request.metadata is None and request.reason != "NoSignal":
+        raise AnswerInvalid(f"request {request.id} is Complete with {request.lora_uri}, and its numbers were lost")
     numbers = _NOTHING_LEARNT if request.metadata is None else request.metadata.model_dump()
     return Distilled(lora_uri=request.lora_uri, metadata=Numbers.model_validate(numbers))
 

@@ -97,6 +97,9 @@ def test_nothing_learnt_is_an_answer_with_zeros(use: Use) -> None:
     script = Script([answer(request("Complete", reason="NoSignal", lora_uri=NEXT))])
     made = use(script).call("wait", "rest-1")
     assert (made.lora_uri, made.metadata.total_loss, made.metadata.mean_is_ratio) == (NEXT, 0, 1)
+    lost = Script([answer(request("Complete", lora_uri=NEXT))])
+    with pytest.raises(AnswerInvalid, match=f"{NEXT}, and its numbers were lost"):
+        use(lost).call("wait", "rest-1")
 
 
 def test_a_request_that_fails_says_why_by_either_way(use: Use) -> None:

@@ -1,4 +1,4 @@
-"""The client's models are the server's, field by field: whatever the server learns, this file asks the client for."""
+"""The client's models know every field of the server's: whatever the server learns, this file asks the client for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize("name", BODIES)
 def test_a_body_has_the_server_s_fields(name: str) -> None:
-    assert set(typing.get_type_hints(getattr(client, name))) == set(getattr(server, name).model_fields)
+    assert set(typing.get_type_hints(getattr(client, name))) >= set(getattr(server, name).model_fields)
 
 
 def test_init_lora_has_the_server_s_fields() -> None:
@@ -32,7 +32,7 @@ def test_init_lora_has_the_server_s_fields() -> None:
 def test_a_choice_has_the_server_s_words(name: str) -> None:
     theirs = server.InitBody if name == "InitOptions" else getattr(server, name)
     for field, hint in typing.get_type_hints(getattr(client, name)).items():
-        if typing.get_origin(hint) is typing.Literal:
+        if typing.get_origin(hint) is typing.Literal and field in theirs.model_fields:
             assert set(typing.get_args(hint)) == _words(theirs.model_fields[field].annotation), field
 
 
@@ -40,7 +40,7 @@ def test_a_choice_has_the_server_s_words(name: str) -> None:
 def test_an_answer_has_the_server_s_fields(name: str) -> None:
     ours: type[BaseModel] = getattr(client, name)
     theirs: type[BaseModel] = getattr(server, name)
-    assert set(ours.model_fields) == set(theirs.model_fields)
+    assert set(ours.model_fields) >= set(theirs.model_fields)
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -49,7 +49,7 @@ def test_an_answer_that_holds_all_that_the_server_may_say_is_read(name: str) -> 
     content = _filled(theirs)
     given = theirs.model_validate(content).model_dump(mode="json", by_alias=True)
     ours = getattr(client, name).model_validate(given)
-    assert ours.model_dump(mode="json", by_alias=True) == given
+    assert ours.model_dump(mode="json", by_alias=True, exclude_unset=True) == given
 
 
 def test_the_final_states_are_the_server_s() -> None:

@@ -13,7 +13,7 @@ import click
 from claas_operator.cli.command import Command, Entry, Group
 from claas_operator.cli.exits import Exit
 from claas_operator.cli.options import Target, cluster_in_namespace, connection, output
-from claas_operator.cli.output import Format, harmless, say, write_fields, write_json, write_table
+from claas_operator.cli.output import Format, harmless, say, to_terminal, write_fields, write_json, write_table
 from claas_operator.cli.problem import Problem, missing
 from claas_operator.cli.teaching import opened
 
@@ -212,7 +212,7 @@ def logs(target: Target, id: str, follow: bool, everything: bool, tail: int | No
         said = 0
         for line in kube.lines(f"{path}/log", query, 3600.0 if follow else 30.0):
             if everything or _about(line, id, uid):
-                click.echo(harmless(line))
+                click.echo(harmless(line) if to_terminal() else line)
                 said += 1
     finally:
         kube.close()
