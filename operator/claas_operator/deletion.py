@@ -66,7 +66,7 @@ def plan_deletion(desk: Desk, references: Callable[[], References]) -> Iterator[
         creating = desk.running("create")
         if creating is not None and adapter.status.head_seq and creating.deleting is None:
             yield StopJob(job=creating)  # one too many: it must not write the first version once more
-        elif not adapter.active and creating is None and not desk.lingers("create"):
+        elif not (adapter.active or creating or desk.lingers("create") or desk.running("destroy")):
             yield from _destroy(desk, root, references())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -48,11 +49,11 @@ class References:
 
     def siblings(self, root: str, adapter: Adapter) -> frozenset[str]:
         """Names of the versions of the family of `root` that objects other than `adapter` need."""
-        wanted = family(root)
-        found = {*self._owners, *self._starts} - {""}
+        wanted, folder = family(root), _key(root).rpartition("/")[0] + "/"
+        beside_it = [uri for uri in {*self._owners, *self._starts} if uri.startswith(folder)]
         return frozenset(
             uri.rpartition("/")[2]
-            for uri in found
+            for uri in beside_it
             if family(uri) == wanted and self.needed_by_others(uri, adapter)
             # Where the adapter began at another's version, that one's own uri is beside it, and never its to delete.
             if uri == _key(root) or is_step_output(uri)
@@ -78,6 +79,7 @@ def beside(root: str, name: str) -> str:
     return Location(location.scheme, location.bucket, (*location.segments[:-1], name)).folder_uri
 
 
+@functools.lru_cache(maxsize=65_536)
 def _key(uri: str) -> str:
     """One spelling, without the last slash; empty for what is no uri."""
     try:

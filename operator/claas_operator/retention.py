@@ -163,7 +163,7 @@ def plan_sweep(desk: Desk, references: Callable[[], References]) -> Iterator[Act
         answer = desk.answers("sweep").get(latest[0].name)
         note = _swept(adapter, answer) if answer and answer.ok else None
         yield Describe(adapter=adapter, status=status.swept(adapter, desk.now + interval, desk.now), note=note)
-    elif known := _known(adapter, references()):
+    elif desk.running("sweep") is None and (known := _known(adapter, references())):
         arguments = [
             "sweep",
             *("--root", adapter.spec.storage.uri),

@@ -158,7 +158,7 @@ def test_user_rolls_back_and_trains_on(life: Life) -> None:
     stage.change_adapter(retention={"keepLast": 9})
     stage.wait("it to be seen", lambda: life.head()["observedGeneration"] == 3)
     assert life.head()["headSeq"] == 5, "another field's change moves nothing"
-    assert [e["reason"] for e in stage.events() if e["reason"] == "RolledBack"] == ["RolledBack"]
+    stage.wait("the Event", lambda: [e["reason"] for e in stage.events()].count("RolledBack") == 1)
 
 
 def test_user_rolls_back_while_a_step_runs_and_it_follows_the_step(stage: Stage) -> None:
@@ -259,6 +259,19 @@ def test_user_adopts_what_does_not_fit_and_is_told_what(life: Life) -> None:
 # Deletion
 
 
+def versions_left(stage: Stage) -> Raw:
+    """The one Event about it, which comes after the write that it tells of."""
+    found: list[Raw] = []
+
+    def told() -> bool:
+        found[:] = [event for event in stage.events() if event["reason"] == Reason.VERSIONS_LEFT]
+        return bool(found)
+
+    stage.wait("the Event", told)
+    (event,) = found
+    return event
+
+
 def test_user_deletes_an_adapter_and_its_versions_go_with_it(stage: Stage) -> None:
     stage.start_operator()
     stage.adapter(deletionPolicy="Delete")
@@ -291,14 +304,15 @@ def test_user_deletes_an_adapter_during_a_step_and_the_step_ends_first(stage: St
 
 
 def test_an_adapter_whose_versions_cannot_be_deleted_goes_after_the_limit_and_says_what_was_left(stage: Stage) -> None:
-    stage.start_operator(stage.settings(timings={"deletionLimitSeconds": 3}))
+    stage.start_operator(stage.settings(timings={"deletionLimitSeconds": 10}))
     stage.adapter(deletionPolicy="Delete")
     stage.wait("the finalizer", lambda: stage.see_adapter()["metadata"].get("finalizers"))
     uri = stage.see_adapter()["spec"]["storage"]["uri"]
     stage.delete_adapter()
     stage.operation("destroy", {"ok": False, "reason": "StorageDenied", "message": "403", "retryable": False})
+    stage.wait("the trouble to show", lambda: "StorageDenied: 403" in stage.condition("Ready").get("message", ""))
     stage.wait("the adapter to go", lambda: not stage.see_adapter())
-    (event,) = [e for e in stage.events() if e["reason"] == Reason.VERSIONS_LEFT]
+    event = versions_left(stage)
     assert event["type"] == "Warning"
     assert uri in event["note"]
     assert "StorageDenied: 403" in event["note"]
@@ -314,8 +328,7 @@ def test_user_takes_the_way_out_of_a_deletion_that_hangs(stage: Stage) -> None:
     assert stage.see_adapter()
     stage.change_adapter(deletionPolicy="Retain")
     stage.wait("the adapter to go", lambda: not stage.see_adapter())
-    (event,) = [e for e in stage.events() if e["reason"] == Reason.VERSIONS_LEFT]
-    assert event["type"] == "Normal"
+    assert versions_left(stage)["type"] == "Normal"
 
 
 def test_user_deletes_the_namespace_and_it_goes(stage: Stage) -> None:
