@@ -154,6 +154,35 @@ def test_a_deletion_in_the_middle_of_a_read_is_said(home: str, monkeypatch: pyte
         read_version(root.uri)
 
 
+def test_what_lies_deeper_than_a_version_is_nobody_elses_to_delete(home: str) -> None:
+    """Another adapter lives in the folder of the first version, and so do the checkpoints of somebody's run."""
+    store = open_store(home)
+    versions = chain(home)
+    inner = first(f"{home}coder/v2", OTHER)
+    theirs = [inner, step(inner, 5, adapter_uid=OTHER)]
+    deeper = [f"{home}coder/checkpoint-500/{ADAPTER}", f"{versions[1].uri}claas-payloads/a.json"]
+    for uri in deeper:
+        store.put(uri, b"not a version's")
+    killed_step(versions[2], 9)
+    in_the_making = f"{step_uri(versions[2].uri, 9)}notes/{CONFIG}"
+    store.put(in_the_making, b"{}")
+
+    collect.tombstone(f"{home}coder", ["coder", name(versions[1])], "retention")
+    delete(f"{home}coder", ["coder", name(versions[1])])
+    sweep(f"{home}coder", [name(version) for version in versions], 0)
+    destroy(f"{home}coder")
+    for version in theirs:
+        assert read_version(version.uri).manifest == version.manifest
+    assert all(store.get(uri) for uri in [*deeper, in_the_making])
+    assert destroy(f"{home}coder") == ([], []), "nothing of this is the adapter's"
+
+
+def test_a_folder_with_nothing_but_deeper_ones_needs_no_tombstone(home: str) -> None:
+    inner = first(f"{home}coder/v2", OTHER)
+    assert delete(f"{home}coder", ["coder"]) == ["coder"]
+    assert read_version(inner.uri).manifest == inner.manifest
+
+
 @pytest.mark.parametrize(
     "bad",
     ["..", ".", "", "/", "coder/..", "../coder", "coder2", "coder-v2", "coder/claas.json", "%2e%2e", "coder%2f..",

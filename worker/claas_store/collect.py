@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from claas_store import uris
 from claas_store.errors import ArgumentInvalid, NotTombstoned, VersionCollected, VersionInvalid
-from claas_store.family import Family, Member, erase, read_family, read_member, read_uploads
+from claas_store.family import Family, Member, erase, lies_in, read_family, read_files, read_member, read_uploads
 from claas_store.stores import Store, open_store
 from claas_store.tombstone import TOMBSTONE, entomb, read_tombstone
 
@@ -61,10 +61,11 @@ def delete(uri: str, names: Sequence[str]) -> list[str]:
     store = open_store(uri)
     members = []
     for version in [uris.beside(uri, name) for name in names]:
-        entries = store.entries(version)
+        entries = read_files(store, version)
         if entries and read_tombstone(store, version) is None:
             raise NotTombstoned(f"{version} bears no tombstone, so it was not deleted: run tombstone first")
-        members.append(Member(version, entries, read_uploads(store, version)))
+        uploads = [upload for upload in read_uploads(store, version) if lies_in(version, upload.uri)]
+        members.append(Member(version, entries, uploads))
     for member in members:
         erase(store, member, keep_tombstone=True)
     return list(names)

@@ -4,6 +4,9 @@ An adapter's first version lies at its own uri, later ones beside it under the s
 does not make a folder an adapter's: another adapter's first version, or versions of one that starts at a version of
 this one, may have such a name too. What counts is the chain of parents in the manifests, and in the tombstones of
 versions that were collected.
+
+A version is what lies in its folder itself. Whatever lies deeper is somebody else's (another adapter's versions, the
+checkpoints of the training run whose output was adopted): it is not looked at and never deleted.
 """
 
 from __future__ import annotations
@@ -149,7 +152,22 @@ def read_member(store: Store, uri: str) -> Member:
         UriInvalid, StorageUnavailable, StorageDenied: see `Store`.
     """
     uri = uris.normalise(uri)
-    return _member(store, uri, store.entries(uri), [])
+    return _member(store, uri, read_files(store, uri), [])
+
+
+def read_files(store: Store, uri: str) -> list[Entry]:
+    """The objects in the folder at `uri`, a normalised one, without what lies deeper.
+
+    Raises:
+        StorageUnavailable, StorageDenied: see `Store`.
+    """
+    return [entry for entry in store.entries(uri) if lies_in(uri, entry.uri)]
+
+
+def lies_in(uri: str, found: str) -> bool:
+    """Whether an object found below the folder at `uri` lies in it, and not deeper."""
+    name = found.removeprefix(uri)
+    return bool(name) and "/" not in name
 
 
 def read_uploads(store: Store, folder: str, starting: str = "") -> Sequence[Upload]:
@@ -167,7 +185,8 @@ def read_uploads(store: Store, folder: str, starting: str = "") -> Sequence[Uplo
 
 
 def erase(store: Store, member: Member, *, keep_tombstone: bool) -> None:
-    """Deletes what lies in a folder: the manifest first, so that no half of it can be read; the tombstone last.
+    """Deletes what lies in a version's folder, and nothing deeper: the manifest first, so that no half of it can be
+    read; the tombstone last.
 
     Raises:
         StorageUnavailable, StorageDenied: see `Store`.
@@ -189,7 +208,7 @@ def erase(store: Store, member: Member, *, keep_tombstone: bool) -> None:
 def _member_name(uri: str, folder: str, found: str) -> str | None:
     """The name of the version that an object below `folder` is part of, if it is of one beside `uri`."""
     name, _, rest = found.removeprefix(folder).partition("/")
-    return name if rest and uris.is_beside(uri, name) else None
+    return name if rest and "/" not in rest and uris.is_beside(uri, name) else None
 
 
 def _member(store: Store, uri: str, entries: Sequence[Entry], uploads: Sequence[Upload]) -> Member:
