@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -218,7 +219,7 @@ def test_an_adapter_is_destroyed_with_all_it_made_and_nothing_else(home: str) ->
     first(f"{home}coder2", OTHER)  # a prefix of whose name is ours
     first(f"{home}code", OTHER)
     open_store(home).put(f"{home}coder.txt", b"a note")
-    assert len(destroy(f"{home}coder").deleted) == 6
+    assert len(destroy(f"{home}coder", grace_seconds=0).deleted) == 6
     assert names_in(home) == ["code", "coder.txt", "coder2"]
     assert destroy(f"{home}coder") == ([], [])
 
@@ -234,11 +235,11 @@ def test_a_fork_beside_it_survives_with_its_own_versions(home: str) -> None:
     fork = write_version(fork_uri, examples.CONFIG, examples.tensors(), None, manifest)
     later = step(fork, 51, adapter_uid=OTHER)
     leftover = killed_step(later, 52)  # nobody can tell whose
-    destroyed = destroy(f"{home}coder")
+    destroyed = destroy(f"{home}coder", grace_seconds=0)
     assert sorted(destroyed.deleted) == sorted(map(name, versions))
     assert destroyed.kept == sorted(map(name, (fork, later, leftover))) == names_in(home)
     assert read_version(later.uri).manifest == later.manifest
-    assert len(destroy(fork.uri).deleted) == 3
+    assert len(destroy(fork.uri, adapter_uid=OTHER, grace_seconds=0).deleted) == 3
     assert names_in(home) == []
 
 
@@ -280,6 +281,51 @@ def test_a_manifest_that_nobody_can_read_is_not_deleted(home: str) -> None:
         destroy(f"{home}other")
 
 
+def test_what_was_not_made_for_the_adapter_stays_and_is_named(home: str) -> None:
+    from claas_store.fsck import fsck
+
+    versions = chain(home, 3)
+    bare = step(versions[2], 9, adapter_uid="")  # a request with a bare uri: its user's
+    borrowed = step(versions[1], 11, adapter_uid=OTHER)  # an adapter that adopted versions[1] where it lies,
+    unreported = step(borrowed, 12, adapter_uid=OTHER)  # and what it has just made
+    destroyed = destroy(f"{home}coder", [name(versions[1])], adapter_uid=examples.UID)
+    assert destroyed.kept == sorted(map(name, (versions[1], bare, borrowed, unreported)))
+    assert sorted(destroyed.deleted) == sorted(map(name, (versions[0], versions[2])))
+    for version in (bare, borrowed, unreported):
+        assert read_version(version.uri).manifest == version.manifest
+        assert fsck(version.uri).ok, "its parents' tombstones stay"
+
+
+def test_a_bare_requests_output_is_never_the_adapters_even_without_a_uid(home: str) -> None:
+    versions = chain(home, 2)
+    bare = step(versions[1], 9, adapter_uid="")
+    assert destroy(f"{home}coder").kept == [name(bare)]
+    assert read_version(bare.uri).manifest == bare.manifest
+
+
+def test_a_step_that_still_writes_is_not_destroyed(root: Path) -> None:
+    home = f"file://{root}/"
+    versions = chain(home, 2)
+    young, old = killed_step(versions[1], 9), killed_step(versions[1], 10)
+    bare = step(versions[1], 11, adapter_uid="")
+    age(old, 90000)
+    age(bare.uri, 90000)
+    destroyed = destroy(f"{home}coder", adapter_uid=examples.UID)
+    assert destroyed.kept == sorted([name(young), name(bare)])
+    assert name(old) in destroyed.deleted
+    assert files_of(young) == [CONFIG]
+
+
+def test_a_version_of_an_early_release_belongs_where_its_parents_lead(home: str) -> None:
+    versions = chain(home, 2)
+    store, uri = open_store(home), f"{versions[1].uri}{MANIFEST}"
+    early = json.loads(store.get(uri))
+    del early["adapterUid"]
+    store.put(uri, json.dumps(early).encode(), if_absent=False)
+    assert destroy(f"{home}coder", adapter_uid=examples.UID).kept == []
+    assert names_in(home) == []
+
+
 def die_after(deletions: int, act: str) -> str:
     """A program that runs `act` and is killed with SIGKILL at the store's next write or deletion after so many."""
     return f"""
@@ -315,7 +361,7 @@ def test_a_killed_destruction_is_finished_by_the_next(home: str, steps: int) -> 
     first(f"{home}coder2", OTHER)
     killed_step(versions[2], 21)
     assert not run(die_after(steps, f"collect.destroy('{home}coder')"))
-    destroy(f"{home}coder")
+    destroy(f"{home}coder", grace_seconds=0)
     assert names_in(home) == ["coder2"]
 
 

@@ -74,7 +74,9 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         case "delete":
             return {"done": collect.delete(options.root, options.versions)}
         case "destroy":
-            destroyed = collect.destroy(options.root, options.keep)
+            destroyed = collect.destroy(
+                options.root, options.keep, adapter_uid=options.adapter_uid, grace_seconds=options.grace_seconds
+            )
             return {"deleted": len(destroyed.deleted), "kept": destroyed.kept}
         case "sweep":
             swept = collect.sweep(options.root, options.known, options.grace_seconds, adapter_uid=options.adapter_uid)
@@ -190,6 +192,10 @@ def _parser() -> argparse.ArgumentParser:
     for one in (dead, back, delete):
         one.add_argument("--versions", type=_names, required=True, help="names beside it, comma-separated")
     destroy.add_argument("--keep", type=_names, default=[], help="names of versions that stay, comma-separated")
+    destroy.add_argument("--adapter-uid", default="", help="the LoraAdapter's: what was not made for it stays")
+    destroy.add_argument(
+        "--grace-seconds", type=_seconds, default=collect.GRACE_SECONDS, help="what has no manifest and is younger stays"
+    )
     sweep.add_argument("--known", type=_names, required=True, help="versions that the adapter names, comma-separated")
     sweep.add_argument("--grace-seconds", type=_seconds, required=True, help="what is younger stays")
     sweep.add_argument("--adapter-uid", default="", help="whose orphans; by default as the known versions say")

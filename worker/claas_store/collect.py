@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from claas_store import uris
 from claas_store.errors import ArgumentInvalid, NotTombstoned, VersionCollected, VersionInvalid
 from claas_store.family import Family, Member, erase, lies_in, read_family, read_files, read_member, read_uploads
 from claas_store.stores import Store, open_store
 from claas_store.tombstone import TOMBSTONE, entomb, read_tombstone
+
+GRACE_SECONDS: Final = 86400.0  # more than a step may take
 
 
 def tombstone(uri: str, names: Sequence[str], why: str) -> list[str]:
@@ -78,16 +80,22 @@ class Destroyed(NamedTuple):
     kept: list[str]  # beside it under such names, but others', or nobody can tell whose
 
 
-def destroy(uri: str, keep: Collection[str] = ()) -> Destroyed:
+def destroy(
+    uri: str, keep: Collection[str] = (), *, adapter_uid: str = "", grace_seconds: float = GRACE_SECONDS
+) -> Destroyed:
     """Deletes every version of the adapter at `uri`, its tombstones, and what its interrupted steps left behind.
 
-    Its versions are its first and those whose parents lead there. All get a tombstone before the first is deleted and
-    the youngest go first, so that the next call after a kill still knows what belongs to it. Interrupted steps have no
-    manifest to tell whose they are: they go unless another adapter's versions lie among them.
+    Its versions are its first and those that were made for it (`Family.own`). What a request made that names no adapter
+    stays, and so does what another adapter made of a version of this one; of their parents the tombstones stay, so that
+    the chain can still be verified. All get a tombstone before the first is deleted and the youngest go first, so that
+    the next call after a kill still knows what belongs to it. Interrupted steps have no manifest to tell whose they
+    are, or whether they still run: they go after the grace time, unless another adapter's versions lie among them.
 
     Args:
-        keep: names of versions that stay, because others begin there. Of their parents the tombstones stay, so that
-            the chain can still be verified.
+        keep: names of versions that stay too, because others begin there.
+        adapter_uid: the LoraAdapter's. Without it a version is its own that was made for any adapter and whose parents
+            lead to its first.
+        grace_seconds: more than a step may take. What has no manifest and is younger stays.
 
     Raises:
         VersionInvalid: the first version's manifest cannot be read. Nothing was deleted.
@@ -100,14 +108,12 @@ def destroy(uri: str, keep: Collection[str] = ()) -> Destroyed:
         raise VersionInvalid(family.root.problem)
     for name in keep:
         uris.beside(uri, name)
-    own = [member for member in family.own() if member.name not in keep]
+    own = [member for member in family.own(adapter_uid) if member.name not in keep]
     own.sort(key=lambda member: (-len(list(family.ancestors(member))), member.name))
-    named = {parent for name in keep if name in family.members for parent in family.ancestors(family.members[name])}
     doomed = {member.name for member in own}
-    others = [member for member in family.members.values() if member.name not in doomed.union(keep)]
-    leftovers = [member for member in others if member.interrupted and uris.is_step_output(member.uri)]
-    if any(not member.interrupted for member in others):
-        leftovers = []
+    staying = [member for member in family.members.values() if member.name not in doomed]
+    named = {parent for member in staying for parent in family.ancestors(member)}
+    leftovers = _leftovers(store, [member for member in staying if member.name not in keep], grace_seconds)
     for member in own:
         if member.exists and member.tombstone is None:
             entomb(store, member.uri, "the adapter is deleted")
@@ -115,6 +121,15 @@ def destroy(uri: str, keep: Collection[str] = ()) -> Destroyed:
         erase(store, member, keep_tombstone=member.uri in named)
     gone = doomed | {member.name for member in leftovers}
     return Destroyed(sorted(gone), sorted(family.members.keys() - gone))
+
+
+def _leftovers(store: Store, others: Sequence[Member], grace_seconds: float) -> list[Member]:
+    """Of what is not the adapter's own, what its steps may have left behind, if nothing says that it is another's."""
+    if any(member.problem or (member.manifest is not None and not member.is_bare) for member in others):
+        return []
+    before = datetime.now(UTC) - timedelta(seconds=grace_seconds)
+    nameless = [member for member in others if member.manifest is None and uris.is_step_output(member.uri)]
+    return [member for member in nameless if _is_dead(store, member, before)]
 
 
 class Swept(NamedTuple):

@@ -66,6 +66,11 @@ class Member:
         return self.manifest is not None and not self.manifest.request_uid
 
     @property
+    def is_bare(self) -> bool:
+        """Whether a request made it that names no adapter: then it is its user's."""
+        return self.manifest is not None and bool(self.manifest.request_uid) and not self.manifest.adapter_uid
+
+    @property
     def newest(self) -> datetime:
         """When something of it was last written."""
         return max([entry.modified for entry in self.entries] + [upload.started for upload in self.uploads])
@@ -105,22 +110,45 @@ class Family:
             seen.add(parent)
             at = self._by_uri.get(parent)
 
-    def own(self) -> list[Member]:
-        """The versions of the adapter at `uri`, collected ones included: its first, and those whose parents lead to it.
-
-        An adapter may begin at another adapter's version, where that lies: then what that other adapter made is not
-        its own, though its parents lead there too.
-        """
-        root = self.root
-        first = None if root is None else root.manifest
-        lender = first.adapter_uid if first is not None and first.request_uid else ""
+    def chained(self) -> list[Member]:
+        """The version at `uri` and those whose parents lead there, whoever made them; collected ones included."""
         return [
             member
             for member in self.members.values()
             if member.manifest is not None
             and (member.uri == self.uri or (not member.is_first and self.uri in self.ancestors(member)))
-            and not (lender and member.manifest.adapter_uid == lender)
         ]
+
+    def own(self, adapter_uid: str = "") -> list[Member]:
+        """The versions of the adapter at `uri`, collected ones included: its first, and those made for it.
+
+        An adapter may begin at another adapter's version, where that lies: then what that other adapter made is not
+        its own, though its parents lead there too. Nor is what a request made that names no adapter: it is its user's.
+
+        Args:
+            adapter_uid: of the LoraAdapter. A version says in its manifest for which one it was made; one of an early
+                release does not, and is judged by its parents. Without the uid, all are judged by their parents.
+        """
+        lender = self.lender if self.lender != adapter_uid else ""  # its own later version, named as the root
+        chained = {member.uri for member in self.chained()}
+
+        def is_own(member: Member) -> bool:
+            manifest = member.manifest
+            if manifest is None or (lender and manifest.adapter_uid == lender):
+                return False
+            if member.uri == self.uri:
+                return True
+            if manifest.adapter_uid:
+                return manifest.adapter_uid == adapter_uid if adapter_uid else member.uri in chained
+            return member.uri in chained and not manifest.says_for_whom
+
+        return [member for member in self.members.values() if is_own(member)]
+
+    @property
+    def lender(self) -> str:
+        """The uid of the adapter at whose version this one begins; empty where it begins at a first version."""
+        first = None if self.root is None else self.root.manifest
+        return first.adapter_uid if first is not None and first.request_uid else ""
 
 
 def read_family(store: Store, uri: str) -> Family:

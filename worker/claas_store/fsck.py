@@ -104,7 +104,7 @@ class _Check:
         """All versions of a family, and where each belongs."""
         if family.root is None:
             self._found(Kind.MISSING, family.uri, "nothing lies there")
-        own = {member.uri for member in family.own()}
+        chained = {member.uri for member in family.chained()}
         for member in family.members.values():
             if member.uploads:
                 self._found(Kind.INTERRUPTED, member.uri, f"{len(member.uploads)} uploads were begun and not finished")
@@ -112,7 +112,7 @@ class _Check:
                 self.chain(member)
             if not member.exists or member.is_first or member.problem:
                 continue
-            if member.uri not in own:
+            if member.uri not in chained:
                 self._found(Kind.ORPHANED, member.uri, f"its parents do not lead to {family.uri}")
             elif known is not None and member.name not in known and member.tombstone is None:
                 self._found(Kind.ORPHANED, member.uri, "the adapter's status does not name it")

@@ -88,7 +88,7 @@ class Manifest(StatusModel):
     base_model: str = Field(max_length=253)
     parent: ParentVersion | None = Field(None, description="Absent for an adapter's first version.")
     adapter_uid: str = Field(
-        "", max_length=64, description="The LoraAdapter that it was made for; empty for a request that names none."
+        "", max_length=64, description="The LoraAdapter that it was made for; empty for a request that names none, absent in an early release."
     )
     request_uid: str = Field("", max_length=64, description="Of a later one: the DistillRequest that made it.")
     attempt: int = Field(1, ge=1)
@@ -99,6 +99,11 @@ class Manifest(StatusModel):
     template_id: str = Field("", max_length=64)
     code_version: str = Field("", max_length=64)
     created_at: str = Field("", max_length=40, description="RFC 3339, UTC.")
+
+    @property
+    def says_for_whom(self) -> bool:
+        """Whether it has an `adapterUid`, be it empty; manifests of an early release have none."""
+        return "adapter_uid" in self.model_fields_set
 
 
 @dataclass(frozen=True)
