@@ -421,6 +421,22 @@ def test_a_young_orphan_keeps_an_old_ones_that_it_was_made_from(root: Path) -> N
     assert names_in(home) == sorted(known)
 
 
+def test_what_a_request_made_that_has_not_ended_stays(home: str) -> None:
+    """Its first attempt's version is whole, its second attempt's is half, and the status names neither yet."""
+    versions = chain(home, 2)
+    whole, half = step(versions[1], 7), killed_step(versions[1], 8)
+    ended, dead = step(versions[1], 9), killed_step(versions[1], 10)
+    parent = step(versions[1], 11)  # unknown, but an unended request's version was made from it
+    child = step(parent, 12)
+    known = [name(version) for version in versions]
+    unended = [request_uid(number) for number in (7, 8, 12)]
+    swept = sweep(f"{home}coder", known, 0, adapter_uid=examples.UID, unended=unended)
+    assert (swept.orphans, swept.interrupted, swept.kept) == (1, 1, 4)
+    assert names_in(home) == sorted([*known, *map(name, (whole, half, parent, child))])
+    assert name(ended) not in names_in(home) and name(dead) not in names_in(home)
+    assert sweep(f"{home}coder", known, 0, adapter_uid=examples.UID).orphans == 3
+
+
 def test_an_adapter_created_anew_does_not_sweep_what_the_old_one_made(home: str) -> None:
     """deletionPolicy Retain: the old versions stay, whoever adopts the first of them."""
     versions = chain(home, 3)

@@ -12,7 +12,7 @@ from claas_store import __main__ as command
 from claas_store.errors import NotFound
 from claas_store.version import ADAPTER, read_version
 from store import examples
-from store.chains import killed_step, name, step, step_uri
+from store.chains import killed_step, name, request_uid, step, step_uri
 
 
 @pytest.fixture
@@ -181,6 +181,9 @@ def test_destroying_and_sweeping_by_command(home: str, model: Path, answers: Pat
     assert read(answers) == {"ok": True, "interrupted": 0, "orphans": 0, "uploads": 0, "kept": 2}
     assert command.main([*sweep, "--grace-seconds", "0", "--adapter-uid", "another"]) == 0
     assert read(answers) == {"ok": True, "interrupted": 1, "orphans": 0, "uploads": 0, "kept": 0}
+    unended = ",".join([request_uid(2), request_uid(3)])
+    assert command.main([*sweep, "--grace-seconds", "0", "--unended", unended]) == 0
+    assert read(answers) == {"ok": True, "interrupted": 0, "orphans": 0, "uploads": 0, "kept": 1}
     assert command.main([*sweep, "--grace-seconds", "0", "--adapter-uid", examples.UID]) == 0
     assert read(answers)["orphans"] == 1
     with pytest.raises(NotFound):

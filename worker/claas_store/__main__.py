@@ -79,7 +79,13 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             )
             return {"deleted": len(destroyed.deleted), "kept": destroyed.kept}
         case "sweep":
-            swept = collect.sweep(options.root, options.known, options.grace_seconds, adapter_uid=options.adapter_uid)
+            swept = collect.sweep(
+                options.root,
+                options.known,
+                options.grace_seconds,
+                adapter_uid=options.adapter_uid,
+                unended=options.unended,
+            )
             return swept._asdict()
         case "fsck":
             return _fsck(options)
@@ -199,6 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--known", type=_names, required=True, help="versions that the adapter names, comma-separated")
     sweep.add_argument("--grace-seconds", type=_seconds, required=True, help="what is younger stays")
     sweep.add_argument("--adapter-uid", default="", help="whose orphans; by default as the known versions say")
+    sweep.add_argument(
+        "--unended", type=_names, default=[], help="uids of requests that have not ended, comma-separated: theirs stays"
+    )
 
     check = commands.add_parser("fsck", help="check every digest of a version and its parents; exit code 1 if broken")
     check.add_argument("uri", help="a version, or an adapter's own uri: then all versions beside it")

@@ -141,7 +141,14 @@ class Swept(NamedTuple):
     kept: int = 0  # such as these, but younger than the grace time, or a parent of a version that stays
 
 
-def sweep(uri: str, known: Collection[str], grace_seconds: float, *, adapter_uid: str = "") -> Swept:
+def sweep(
+    uri: str,
+    known: Collection[str],
+    grace_seconds: float,
+    *,
+    adapter_uid: str = "",
+    unended: Collection[str] = (),
+) -> Swept:
     """Removes what killed processes left beside the adapter at `uri` more than `grace_seconds` ago.
 
     - Interrupted uploads: folders of steps without a manifest, unfinished multipart uploads, deletions that were
@@ -155,6 +162,8 @@ def sweep(uri: str, known: Collection[str], grace_seconds: float, *, adapter_uid
         known: names of the versions that the adapter's status names.
         grace_seconds: more than a step may take, or a running step's files are taken for a dead one's.
         adapter_uid: the adapter's. Without it, the uid that its known versions carry.
+        unended: uids of requests that have not ended. Whatever they made stays, however old: the next attempt looks for
+            it, and a status that names it may not be written yet.
 
     Raises:
         ArgumentInvalid: nothing is known, which would make every version an orphan.
@@ -170,12 +179,15 @@ def sweep(uri: str, known: Collection[str], grace_seconds: float, *, adapter_uid
     store = open_store(uri)
     family = read_family(store, uri)
     makers = _makers(family, known, adapter_uid)
-    orphans = _orphans(family, known, makers, before)
+    needed = {name for name, member in family.members.items() if member.is_of(unended)}
+    orphans = _orphans(family, {*known, *needed}, makers, before)
     count = dict.fromkeys(Swept._fields, 0)
     for member in family.members.values():
         if member.name in orphans:
             erase(store, member, keep_tombstone=False)
             count["orphans"] += 1
+        elif member.name in needed:
+            count["kept"] += _is_leftover(member) or _is_orphan(member, known, makers) or bool(member.uploads)
         elif _is_leftover(member) and _is_dead(store, member, before):
             erase(store, member, keep_tombstone=True)
             count["interrupted"] += 1

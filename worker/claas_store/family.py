@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -69,6 +69,13 @@ class Member:
     def is_bare(self) -> bool:
         """Whether a request made it that names no adapter: then it is its user's."""
         return self.manifest is not None and bool(self.manifest.request_uid) and not self.manifest.adapter_uid
+
+    def is_of(self, request_uids: Collection[str]) -> bool:
+        """Whether one of these requests makes or made it, as its manifest says; or its name, where it has none."""
+        if self.manifest is not None:
+            return bool(self.manifest.request_uid) and self.manifest.request_uid in request_uids
+        named = uris.request_of(self.name)
+        return bool(named) and named in {uid[:8] for uid in request_uids}
 
     @property
     def newest(self) -> datetime:

@@ -20,7 +20,7 @@ MAX_URI_CHARACTERS = 1024
 MAX_SEGMENT_BYTES = 255  # what a file system takes
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_OWN_SUFFIX = re.compile(r"(?P<base>.+)-\d{8}-\d{6}-[0-9a-f]{8}(-a([2-9]|[1-9]\d+))?", re.ASCII | re.DOTALL)
+_OWN_SUFFIX = re.compile(r"(?P<base>.+)-\d{8}-\d{6}-(?P<uid>[0-9a-f]{8})(-a([2-9]|[1-9]\d+))?", re.ASCII | re.DOTALL)
 _UID = re.compile(r"[0-9a-f]{8}")
 
 
@@ -105,6 +105,12 @@ def version_name(uri: str) -> str:
 def is_step_output(uri: str) -> bool:
     """Whether the name ends in the suffix that `next_version_uri` gives."""
     return _OWN_SUFFIX.fullmatch(version_name(uri)) is not None
+
+
+def request_of(name: str) -> str:
+    """The first 8 characters of the uid of the request that a version of this name was made by; empty for a first."""
+    own = _OWN_SUFFIX.fullmatch(name)
+    return own["uid"] if own else ""
 
 
 def next_version_uri(parent_uri: str, request_created: str, request_uid: str, attempt: int) -> str:
