@@ -104,12 +104,12 @@ def init_adapter(
     if uri == source_uri:
         if found is None:
             adopt_folder(uri, manifest, check, max_bytes=largest)
-        adopted = read_version(uri)
+        adopted = read_version(uri, max_bytes=largest)
         check(uri, adopted.config, adopted.tensors)
         return adopted
     optimizer: OptimizerState | None = None
     if found:
-        source = read_version(source_uri)
+        source = read_version(source_uri, max_bytes=largest)
         config, tensors, optimizer, digest = source.config, source.tensors, source.optimizer, source.manifest_sha256
     else:
         config, tensors, digest = read_peft_folder(source_uri, max_bytes=largest)

@@ -130,13 +130,14 @@ class Version:
 
 
 def read_version(uri: str, *, adopt: bool = False, base_model: str = "", max_bytes: int = MAX_ADAPTER_BYTES) -> Version:
-    """Reads a version and checks every byte of it against its manifest.
+    """Reads a version and checks every byte of it against its manifest. Other files that it may list are not read.
 
     Args:
         adopt: a PEFT folder of somebody else's gets a manifest and is a version from then on. What a killed step left
             behind is never adopted.
         base_model: for the manifest of an adopted folder; by default what its config names.
-        max_bytes: of the adapter file, and twice of its optimizer state; larger ones are not read.
+        max_bytes: of the adapter file, and twice of its optimizer state; larger ones are not read. With the config,
+            which has its own bound, that is all: at most 3 * max_bytes + MAX_CONFIG_BYTES.
 
     Raises:
         NotFound: no manifest (the version does not exist), or a listed file is missing.
@@ -153,12 +154,14 @@ def read_version(uri: str, *, adopt: bool = False, base_model: str = "", max_byt
             raise NotFound(f"{uri} is no version: it has no {MANIFEST} (a version without a manifest does not exist)")
         found = adopt_folder(uri, Manifest(base_model=base_model), _check_foreign, max_bytes=max_bytes)
     manifest, digest = found
+    # Only what a version is made of: another name in a manifest is a later release's, or there to fill the memory.
+    listed = {name: manifest.files[name] for name in _BOUNDS if name in manifest.files}
     for name, most in ((ADAPTER, max_bytes), (OPTIMIZER, 2 * max_bytes)):
-        if name in manifest.files and manifest.files[name].size > most:
-            raise VersionInvalid(f"{uri}: {name} has {manifest.files[name].size} bytes, at most {most} are read here")
-    with ThreadPoolExecutor(len(manifest.files) + 1) as threads:
+        if name in listed and listed[name].size > most:
+            raise VersionInvalid(f"{uri}: {name} has {listed[name].size} bytes, at most {most} are read here")
+    with ThreadPoolExecutor(len(listed) + 1) as threads:
         dying = threads.submit(read_tombstone, store, uri)
-        reads = {name: threads.submit(_read_file, store, uri, name, known) for name, known in manifest.files.items()}
+        reads = {name: threads.submit(_read_file, store, uri, name, known) for name, known in listed.items()}
         try:
             files = {name: read.result() for name, read in reads.items()}
         except NotFound:
