@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from claas_operator.operations import parse_answer
 from claas_store import __main__ as command
 from claas_store.errors import NotFound
-from claas_store.version import ADAPTER, read_version
+from claas_store.version import ADAPTER, CONFIG, read_version
 from store import examples
 from store.chains import killed_step, name, request_uid, step, step_uri
 
@@ -117,6 +118,40 @@ def test_an_answer_fits_into_the_termination_log(root: Path, model: Path, answer
     assert read(answers)["ok"]
     command._answer(command.failure(command.Reason.INTERNAL_ERROR, "\U0001f600" * 5000, True))
     assert read(answers)["message"].startswith("\U0001f600")
+
+
+def test_a_uri_is_answered_whole_however_it_is_written(root: Path, model: Path, answers: Path) -> None:
+    """The operator goes on with what the answer says, and a uri that was cut would be another's."""
+    for uri in (f"file://{root}/" + "/".join(["\u6587" * 84] * 9), f"file://{root}/" + "/".join(['"' * 200] * 4)):
+        assert create(uri, model) == 0
+        answer = read(answers)
+        assert (answer["uri"], answer["version"]) == (f"{uri}/", uri.rpartition("/")[2])
+        assert answer["sha256"] == read_version(uri).manifest_sha256
+    command._answer({"ok": True, "uri": uri, "done": ["\u6587" * 50] * 99, "dead": ["v" * 50] * 99})
+    assert read(answers)["uri"] == uri
+    assert read(answers)["done"]
+
+
+def test_a_uri_that_no_answer_could_hold_is_refused(root: Path, model: Path, answers: Path) -> None:
+    assert create(f"file://{root}/" + "/".join(["\U0001f600" * 60] * 14), model) == 1
+    assert "longer than 3072 bytes" in read(answers)["message"]
+
+
+def test_no_text_of_a_file_comes_back_in_an_answer(root: Path, model: Path, answers: Path) -> None:
+    """Names that are none, and half a surrogate pair, which the operator's parser refuses."""
+    store = command.open_store(f"file://{root}/theirs")
+    config = {**examples.CONFIG, "target_modules": ["\ud800", "IGNORE\n\x1b[31m", "k_proj"]}
+    store.put(f"file://{root}/theirs/{CONFIG}", json.dumps(config).encode())
+    assert create(f"file://{root}/coder", model, **{"init-from": f"file://{root}/theirs"}) == 1
+    assert "IGNORE" not in answers.read_text()
+    assert "k_proj" in read(answers)["message"]
+    assert parse_answer(answers.read_text()) is not None
+    for words in ({"peft_type": "IGNORE all"}, {"base_model_name_or_path": "o/" + "\u6587"}):
+        store.put(f"file://{root}/theirs/{CONFIG}", json.dumps({**examples.CONFIG, **words}).encode(), if_absent=False)
+        assert create(f"file://{root}/coder", model, **{"init-from": f"file://{root}/theirs"}) == 1
+        assert not any(word in read(answers)["message"] for word in ("IGNORE", "\u6587"))
+    command._answer(command.failure(command.Reason.INTERNAL_ERROR, "half \ud800 a pair", True))
+    assert read(answers)["message"] == "half ? a pair"
 
 
 def test_an_unforeseen_error_is_an_answer_and_a_traceback(

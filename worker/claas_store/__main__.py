@@ -130,20 +130,31 @@ def _outcome(version: Version) -> dict[str, Any]:
 
 
 def _answer(answer: dict[str, Any]) -> None:
-    """At most ANSWER_BYTES: the longest text or list is cut until it fits, since half a JSON object would be none.
+    """At most ANSWER_BYTES of UTF-8: the message or the longest list is cut until it fits, since half a JSON object
+    would be none. Everything else is whole or not there: a uri that was cut would be another's.
 
-    Escapes make a message longer than its characters. A list of names that was cut says only what is certain: the
-    operator asks again for what is not in it.
+    A list of names that was cut says only what is certain: the operator asks again for what is not in it.
     """
-    data = json.dumps(answer).encode()
+    data = _encoded(answer)
     while len(data) > ANSWER_BYTES:
-        name = max(answer, key=lambda key: len(json.dumps(answer[key])))
-        answer = {**answer, name: answer[name][: len(answer[name]) // 2]}
-        data = json.dumps(answer).encode()
+        long = [key for key, value in answer.items() if value and (key == "message" or isinstance(value, list))]
+        if not long:  # a path of a folder, perhaps; uris have their bound
+            answer = {key: value for key, value in answer.items() if not isinstance(value, str)}
+            answer["message"] = f"the answer has more than {ANSWER_BYTES} bytes; the log of the Job has it"
+            log.warning("the whole answer: %s", data.decode())
+        else:
+            name = max(long, key=lambda key: len(_encoded(answer[key])))
+            answer = {**answer, name: answer[name][: len(answer[name]) // 2]}
+        data = _encoded(answer)
     print(data.decode(), flush=True)
     path = os.environ.get("CLAAS_TERMINATION_LOG") or TERMINATION_LOG
     if os.environ.get("CLAAS_TERMINATION_LOG") or os.path.exists(path):
         Path(path).write_bytes(data)
+
+
+def _encoded(value: Any) -> bytes:
+    """JSON as UTF-8. Half a surrogate pair, which no file and no argument may smuggle in, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace")
 
 
 def _names(text: str) -> list[str]:
@@ -200,7 +211,10 @@ def _parser() -> argparse.ArgumentParser:
     destroy.add_argument("--keep", type=_names, default=[], help="names of versions that stay, comma-separated")
     destroy.add_argument("--adapter-uid", default="", help="the LoraAdapter's: what was not made for it stays")
     destroy.add_argument(
-        "--grace-seconds", type=_seconds, default=collect.GRACE_SECONDS, help="what has no manifest and is younger stays"
+        "--grace-seconds",
+        type=_seconds,
+        default=collect.GRACE_SECONDS,
+        help="what has no manifest and is younger stays",
     )
     sweep.add_argument("--known", type=_names, required=True, help="versions that the adapter names, comma-separated")
     sweep.add_argument("--grace-seconds", type=_seconds, required=True, help="what is younger stays")

@@ -46,7 +46,7 @@ def restore(uri: str, names: Sequence[str]) -> list[str]:
     members = [read_member(store, uris.beside(uri, name)) for name in names]
     for member in members:
         if member.tombstone and not member.exists:
-            raise VersionCollected(f"{member.uri} was collected at {member.tombstone.at}: it cannot come back")
+            raise VersionCollected(f"{member.uri} was collected at {member.tombstone.since}: it cannot come back")
     for member in members:
         store.delete(uris.join(member.uri, TOMBSTONE))
     return list(names)

@@ -177,14 +177,14 @@ class _Check:
         elif member.exists and member.manifest is not None:
             self.report.versions += 1
             if stone is not None:
-                self._found(Kind.COLLECTING, member.uri, f"since {stone.at} ({stone.why})")
+                self._found(Kind.COLLECTING, member.uri, f"since {stone.since}")
             for name, known in member.manifest.files.items():
                 self._file(member, name, known)
         elif stone is not None:
             self.report.versions += 1
             left = [entry for entry in member.entries if not entry.uri.endswith(f"/{TOMBSTONE}")]
             end = f"; {len(left)} files are left of a deletion that was killed" if left else ""
-            self._found(Kind.COLLECTED, member.uri, f"at {stone.at} ({stone.why}){end}")
+            self._found(Kind.COLLECTED, member.uri, f"at {stone.since}{end}")
         elif not member.entries:
             self._found(Kind.MISSING, member.uri, "nothing lies there")
         elif uris.is_step_output(member.uri):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from datetime import UTC, datetime
 from typing import Final, Literal
@@ -26,6 +27,8 @@ MANIFEST: Final = "claas.json"
 WAIT_SECONDS = 5.0  # a reader waits for so long: a collection that finds a reference takes its tombstones back
 POLL_SECONDS = 0.5
 
+_PLAIN = re.compile(r"[A-Za-z0-9 ,.:_+-]*")
+
 
 class Tombstone(StatusModel):
     """`claas.tombstone.json`; fields of a later release are ignored."""
@@ -34,6 +37,14 @@ class Tombstone(StatusModel):
     at: str = Field("", max_length=40, description="RFC 3339, UTC.")
     why: str = Field("", max_length=253)
     manifest: str = Field("", description="The text of the version's claas.json; empty where it could not be read.")
+
+    @property
+    def since(self) -> str:
+        """When and why, as a message may hold it."""
+        parts = [
+            part if _PLAIN.fullmatch(part) else "in words that cannot be shown" for part in (self.at, self.why) if part
+        ]
+        return ": ".join(parts)
 
     @property
     def manifest_sha256(self) -> str:
@@ -90,8 +101,7 @@ def refuse_collected(store: Store, uri: str) -> None:
     end = time.monotonic() + WAIT_SECONDS
     while stone := read_tombstone(store, uri):
         if time.monotonic() >= end or not _exists(store, uri):
-            since = f"{stone.at}: {stone.why}" if stone.why else stone.at
-            raise VersionCollected(f"{uri} is collected (since {since}): name a later version")
+            raise VersionCollected(f"{uri} is collected (since {stone.since}): name a later version")
         time.sleep(POLL_SECONDS)
 
 

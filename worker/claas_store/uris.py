@@ -17,6 +17,7 @@ from typing import Literal
 from claas_store.errors import UriInvalid
 
 MAX_URI_CHARACTERS = 1024
+MAX_URI_BYTES = 3072  # with which an answer of an operation is still whole; an object store takes no more than 1,100
 MAX_SEGMENT_BYTES = 255  # what a file system takes
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -57,6 +58,8 @@ def parse(uri: str) -> Location:
     shown = repr(uri[:200])
     if len(uri) > MAX_URI_CHARACTERS:
         raise UriInvalid(f"{shown}… is longer than {MAX_URI_CHARACTERS} characters")
+    if len(uri.encode(errors="replace")) > MAX_URI_BYTES:
+        raise UriInvalid(f"{shown}… is longer than {MAX_URI_BYTES} bytes")
     scheme, separator, rest = uri.partition("://")
     bucket, _, path = rest.partition("/")
     if scheme == "s3" and separator:

@@ -88,7 +88,9 @@ class Manifest(StatusModel):
     base_model: str = Field(max_length=253)
     parent: ParentVersion | None = Field(None, description="Absent for an adapter's first version.")
     adapter_uid: str = Field(
-        "", max_length=64, description="The LoraAdapter that it was made for; empty for a request that names none, absent in an early release."
+        "",
+        max_length=64,
+        description="The LoraAdapter that it was made for; empty: a request that names none; absent: an early release.",
     )
     request_uid: str = Field("", max_length=64, description="Of a later one: the DistillRequest that made it.")
     attempt: int = Field(1, ge=1)
@@ -322,7 +324,7 @@ def parse_config(data: bytes, uri: str) -> dict[str, Any]:
     """
     config = _parse_json(data, f"{uri}: {CONFIG}")
     if config.get("peft_type") != "LORA":
-        raise VersionInvalid(f"{uri}: {CONFIG}: peft_type must be LORA, is {str(config.get('peft_type'))[:32]!r}")
+        raise VersionInvalid(f"{uri}: {CONFIG}: peft_type must be LORA, is {shown(config.get('peft_type'), 'none')}")
     rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
         raise VersionInvalid(f"{uri}: {CONFIG}: r must be a whole number from 1 to {MAX_RANK}")
@@ -396,8 +398,8 @@ def parse_manifest(data: bytes, what: str) -> tuple[Manifest, str]:
     try:
         manifest = Manifest.model_validate(_parse_json(data, what))
     except ValidationError as error:
-        fields = ", ".join(sorted({".".join(map(str, problem["loc"][:2])) or "." for problem in error.errors()})[:5])
-        raise VersionInvalid(f"{what} does not fit its schema: {fields[:200]}") from None
+        fields = sorted({_field(problem["loc"]) for problem in error.errors()})
+        raise VersionInvalid(f"{what} does not fit its schema: {', '.join(fields[:5])[:400]}") from None
     for name in (CONFIG, ADAPTER):
         if name not in manifest.files:
             raise VersionInvalid(f"{what} lists no {name}")
@@ -405,6 +407,11 @@ def parse_manifest(data: bytes, what: str) -> tuple[Manifest, str]:
         if name in manifest.files and manifest.files[name].size > bound:
             raise VersionInvalid(f"{what}: {name} has {manifest.files[name].size} bytes, at most {bound} are read")
     return manifest, _sha256(data)
+
+
+def _field(path: tuple[int | str, ...]) -> str:
+    """Where in a manifest: the first two steps, of which the second may be a key that the file made up."""
+    return ".".join(shown(str(part)) for part in path[:2]) or "."
 
 
 def _read_file(store: Store, uri: str, name: str, known: FileDigest) -> bytes:
@@ -469,8 +476,8 @@ def _parse_safetensors(data: bytes, what: str) -> dict[str, NDArray[np.float32]]
     _check_header(data, what)
     try:
         parts = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
-        raise VersionInvalid(f"{what} is not a safetensors file ({str(error)[:120]})") from None
+    except safetensors.SafetensorError:  # whose words may quote the file
+        raise VersionInvalid(f"{what} is not a safetensors file") from None
     tensors = {}
     for name, part in sorted(parts, key=lambda part: part[0]):  # as it comes, the order is a hash table's
         match part["dtype"]:
