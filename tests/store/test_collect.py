@@ -113,13 +113,40 @@ def test_what_is_wholly_gone_needs_no_tombstone(home: str) -> None:
 def test_a_tombstone_is_taken_back_when_a_reference_was_found(home: str) -> None:
     (root, *_) = chain(home)
     collect.tombstone(f"{home}coder", ["coder"], "retention")
-    assert restore(f"{home}coder", ["coder"]) == ["coder"]
+    assert restore(f"{home}coder", ["coder"]) == (["coder"], [])
     assert read_version(root.uri).manifest == root.manifest
     collect.tombstone(f"{home}coder", ["coder"], "retention")
     delete(f"{home}coder", ["coder"])
-    with pytest.raises(VersionCollected, match="cannot come back"):
-        restore(f"{home}coder", ["coder"])
+    assert restore(f"{home}coder", ["coder"]) == ([], ["coder"])
     assert files_of(root.uri) == [TOMBSTONE]
+
+
+def test_what_is_there_comes_back_although_another_is_dead(home: str) -> None:
+    versions = chain(home)
+    names = [name(version) for version in versions[:2]]
+    gone = name(step_uri(versions[0].uri, 77))
+    collect.tombstone(f"{home}coder", names, "retention")
+    open_store(home).delete(f"{versions[0].uri}{MANIFEST}")  # a deletion that was killed
+    assert restore(f"{home}coder", [*names, gone]) == ([names[1], gone], ["coder"])
+    assert read_version(versions[1].uri).manifest == versions[1].manifest
+    with pytest.raises(VersionCollected):
+        read_version(versions[0].uri)
+
+
+def test_a_damaged_version_does_not_hold_up_the_others(home: str) -> None:
+    versions = chain(home, 4)
+    store, names = open_store(home), [name(version) for version in versions[:3]]
+    store.delete(f"{versions[1].uri}{MANIFEST}")
+    store.put(f"{versions[2].uri}{MANIFEST}", b"x" * (2**20 + 1), if_absent=False)
+    assert collect.tombstone(f"{home}coder", names, "retention") == names
+    assert restore(f"{home}coder", [names[1]]) == ([names[1]], [])
+    assert TOMBSTONE not in files_of(versions[1].uri)
+    collect.tombstone(f"{home}coder", names, "retention")
+    assert delete(f"{home}coder", names) == names
+    assert all(files_of(version.uri) == [TOMBSTONE] for version in versions[:3])
+    assert restore(f"{home}coder", names) == ([], names)
+    destroy(f"{home}coder", adapter_uid=examples.UID, grace_seconds=0)
+    assert names_in(home) == [], "nor are tombstones left that quote nothing"
 
 
 def test_a_reader_waits_for_a_tombstone_that_is_taken_back(home: str, monkeypatch: pytest.MonkeyPatch) -> None:

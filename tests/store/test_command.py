@@ -198,9 +198,10 @@ def test_collecting_by_command(home: str, model: Path, answers: Path) -> None:
     assert (read(answers)["reason"], read(answers)["retryable"]) == ("VersionConflict", False)
     for act in ("tombstone", "restore", "tombstone", "delete", "delete"):
         assert command.main([act, "--root", f"{home}coder", "--versions", names]) == 0
-        assert read(answers) == {"ok": True, "done": names.split(",")}
-    assert command.main(["restore", "--root", f"{home}coder", "--versions", "coder"]) == 1
-    assert read(answers)["reason"] == "AdapterInvalid"
+        assert read(answers).pop("dead", []) == []
+        assert (read(answers)["ok"], read(answers)["done"]) == (True, names.split(","))
+    assert command.main(["restore", "--root", f"{home}coder", "--versions", "coder"]) == 0
+    assert read(answers) == {"ok": True, "done": [], "dead": ["coder"]}
     assert command.main(["tombstone", "--root", f"{home}coder", "--versions", "coder,../x"]) == 1
     assert read(answers)["reason"] == "InvalidSpec"
 

@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         case "tombstone":
             return {"done": collect.tombstone(options.root, options.versions, options.why)}
         case "restore":
-            return {"done": collect.restore(options.root, options.versions)}
+            return collect.restore(options.root, options.versions)._asdict()
         case "delete":
             return {"done": collect.delete(options.root, options.versions)}
         case "destroy":

@@ -2,7 +2,7 @@
 
 Collecting takes two commands, so that whoever decides can look for references once more in between: `tombstone`
 declares versions dead, which readers obey, and `delete` deletes only what was declared dead; `restore` takes a
-declaration back. Every function here may be killed anywhere and called again.
+declaration back, where the deletion has not begun. Every function here may be killed anywhere and called again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 
 from claas_store import uris
-from claas_store.errors import ArgumentInvalid, NotTombstoned, VersionCollected, VersionInvalid
+from claas_store.errors import ArgumentInvalid, NotTombstoned, VersionInvalid
 from claas_store.family import Family, Member, erase, lies_in, read_family, read_files, read_member, read_uploads
 from claas_store.stores import Store, open_store
 from claas_store.tombstone import TOMBSTONE, entomb, read_tombstone
@@ -34,22 +34,27 @@ def tombstone(uri: str, names: Sequence[str], why: str) -> list[str]:
     return list(names)
 
 
-def restore(uri: str, names: Sequence[str]) -> list[str]:
-    """Takes tombstones back, of versions that a reference to was found; gives their names.
+class Restored(NamedTuple):
+    """What became of tombstones that were to be taken back, by the versions' names."""
+
+    done: list[str]  # the version is as it was, or there is nothing at all
+    dead: list[str]  # its deletion has begun: the tombstone stays
+
+
+def restore(uri: str, names: Sequence[str]) -> Restored:
+    """Takes tombstones back, of versions that a reference to was found, as far as these are still there.
 
     Raises:
         UriInvalid: as `tombstone`.
-        VersionCollected: a version's deletion has begun. No tombstone was taken back.
         StorageUnavailable, StorageDenied: see `Store`.
     """
     store = open_store(uri)
-    members = [read_member(store, uris.beside(uri, name)) for name in names]
-    for member in members:
-        if member.tombstone and not member.exists:
-            raise VersionCollected(f"{member.uri} was collected at {member.tombstone.since}: it cannot come back")
-    for member in members:
-        store.delete(uris.join(member.uri, TOMBSTONE))
-    return list(names)
+    members = {name: read_member(store, uris.beside(uri, name)) for name in names}
+    dead = [name for name, member in members.items() if member.is_dead]
+    done = [name for name in members if name not in dead]
+    for name in done:
+        store.delete(uris.join(members[name].uri, TOMBSTONE))
+    return Restored(done, dead)
 
 
 def delete(uri: str, names: Sequence[str]) -> list[str]:

@@ -61,6 +61,21 @@ class Member:
         return not self.exists and self.tombstone is None and not self.problem
 
     @property
+    def is_dead(self) -> bool:
+        """Whether its deletion has begun, or is over. A version that had lost its manifest before it got its tombstone,
+        which then quotes none, is there as long as it has any file.
+        """
+        if self.exists or (self.tombstone is None and not self.problem):
+            return False
+        quoted = self.tombstone is None or bool(self.tombstone.manifest)
+        return quoted or not self.files
+
+    @property
+    def files(self) -> list[Entry]:
+        """What it holds but its tombstone."""
+        return [entry for entry in self.entries if not entry.uri.endswith(f"/{TOMBSTONE}")]
+
+    @property
     def is_first(self) -> bool:
         """Whether no request made it: a created, adopted or forked version, with which an adapter begins."""
         return self.manifest is not None and not self.manifest.request_uid
@@ -141,7 +156,9 @@ class Family:
 
         def is_own(member: Member) -> bool:
             manifest = member.manifest
-            if manifest is None or (lender and manifest.adapter_uid == lender):
+            if manifest is None:  # at its own uri a tombstone says that a version of it was there
+                return member.uri == self.uri and member.tombstone is not None
+            if lender and manifest.adapter_uid == lender:
                 return False
             if member.uri == self.uri:
                 return True

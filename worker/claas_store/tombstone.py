@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from claas_crds.model import StatusModel
 from claas_store import uris
-from claas_store.errors import AlreadyExists, NotFound, VersionCollected, VersionInvalid
+from claas_store.errors import AlreadyExists, NotFound, TooLarge, VersionCollected, VersionInvalid
 from claas_store.limits import MAX_MANIFEST_BYTES, MAX_TOMBSTONE_BYTES
 from claas_store.stores import Store
 
@@ -72,16 +72,18 @@ def read_tombstone(store: Store, uri: str) -> Tombstone | None:
 def entomb(store: Store, uri: str, why: str) -> None:
     """Gives the version at `uri` its tombstone; it may have one, and what is not there at all needs none.
 
+    A damaged version, whose manifest is gone or is none, gets one that quotes nothing.
+
     Raises:
-        TooLarge, StorageUnavailable, StorageDenied: see `Store`.
+        StorageUnavailable, StorageDenied: see `Store`.
     """
     try:
-        manifest = store.get(uris.join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
+        text = store.get(uris.join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES).decode()
     except NotFound:
-        return
-    try:
-        text = manifest.decode()
-    except UnicodeDecodeError:  # never ours; its digest could not be kept either
+        if not any("/" not in found.removeprefix(uri) for found, _ in store.list(uri)):
+            return
+        text = ""
+    except (TooLarge, UnicodeDecodeError):  # never ours
         text = ""
     stone = Tombstone(at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"), why=why, manifest=text)
     data = json.dumps(stone.model_dump(by_alias=True, mode="json"), indent=2, ensure_ascii=False).encode() + b"\n"
