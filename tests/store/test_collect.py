@@ -24,9 +24,10 @@ from claas_store.errors import (
     VersionCollected,
     VersionInvalid,
 )
+from claas_store.family import Family, Member
 from claas_store.stores import open_store
 from claas_store.tombstone import MANIFEST, TOMBSTONE, read_tombstone
-from claas_store.version import ADAPTER, CONFIG, Version, find_manifest, read_version
+from claas_store.version import ADAPTER, CONFIG, Manifest, ParentVersion, Version, find_manifest, read_version
 from objectstore import ObjectStore
 from store import examples
 from store.chains import age, files_of, first, killed_step, name, names_in, request_uid, step, step_uri
@@ -255,7 +256,7 @@ def test_a_fork_beside_it_survives_with_its_own_versions(home: str) -> None:
     """A fork may lie under a name that looks like a version's, and its steps are siblings of the destroyed one's."""
     versions = chain(home, 3)
     fork_uri = step_uri(versions[0].uri, 50)
-    from claas_store.version import Manifest, ParentVersion, write_version
+    from claas_store.version import write_version
 
     origin = ParentVersion(uri=versions[1].uri, sha256=versions[1].manifest_sha256)
     manifest = Manifest(base_model=examples.BASE, adapter_uid=OTHER, parent=origin)
@@ -350,6 +351,34 @@ def test_a_version_of_an_early_release_belongs_where_its_parents_lead(home: str)
     del early["adapterUid"]
     store.put(uri, json.dumps(early).encode(), if_absent=False)
     assert destroy(f"{home}coder", adapter_uid=examples.UID).kept == []
+    assert names_in(home) == []
+
+
+def test_a_family_of_thousands_is_sorted_out_in_a_moment() -> None:
+    """Each parent is looked at once: what grows with the square of the versions took minutes."""
+    base = "s3://adapters/team/coder"
+    members, parent = {}, None
+    for number in range(4000):
+        uri = step_uri(f"{base}/", number) if number else f"{base}/"
+        manifest = Manifest(
+            base_model="b", adapter_uid="u", parent=parent, request_uid=request_uid(number) if number else ""
+        )
+        members[name(uri)] = Member(uri, exists=True, manifest=manifest)
+        parent = ParentVersion(uri=uri, sha256="0" * 64)
+    start = time.process_time()
+    family = Family(f"{base}/", members)
+    ordered = family.youngest_first(family.own("u"))
+    assert [member.name for member in ordered] == [*reversed(members)]
+    assert len(family.parents_of(ordered)) == 3999
+    assert time.process_time() - start < 3
+
+
+def test_a_circle_of_parents_is_destroyed_as_well(home: str) -> None:
+    versions = chain(home, 3)
+    store, uri = open_store(home), f"{versions[1].uri}{MANIFEST}"
+    said = json.loads(store.get(uri)) | {"parent": {"uri": versions[2].uri, "sha256": "0" * 64}}
+    store.put(uri, json.dumps(said).encode(), if_absent=False)
+    assert len(destroy(f"{home}coder", adapter_uid=examples.UID).deleted) == 3
     assert names_in(home) == []
 
 

@@ -114,10 +114,10 @@ def destroy(
     for name in keep:
         uris.beside(uri, name)
     own = [member for member in family.own(adapter_uid) if member.name not in keep]
-    own.sort(key=lambda member: (-len(list(family.ancestors(member))), member.name))
+    own = family.youngest_first(own)
     doomed = {member.name for member in own}
     staying = [member for member in family.members.values() if member.name not in doomed]
-    named = {parent for member in staying for parent in family.ancestors(member)}
+    named = family.parents_of(staying)
     leftovers = _leftovers(store, [member for member in staying if member.name not in keep], grace_seconds)
     for member in own:
         if member.exists and member.tombstone is None:
@@ -227,12 +227,13 @@ def _orphans(family: Family, known: Collection[str], makers: Collection[str], be
     if any(one.problem for one in members.values()):
         return set()  # whoever cannot be read may have any parent
     orphans = {name for name, one in members.items() if _is_orphan(one, known, makers) and one.newest <= before}
-    while True:
-        needed = {one.parent_uri for name, one in members.items() if name not in orphans}
-        kept = {name for name in orphans if members[name].uri in needed}
-        if not kept:
-            return orphans
-        orphans -= kept
+    names = {members[name].uri: name for name in orphans}
+    staying = [one for name, one in members.items() if name not in orphans]
+    while staying:
+        parent = names.pop(staying.pop().parent_uri or "", None)
+        if parent is not None:
+            staying.append(members[parent])
+    return set(names.values())
 
 
 def _makers(family: Family, known: Collection[str], adapter_uid: str) -> set[str]:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 
 from claas_store import uris
 from claas_store.errors import StorageDenied, UriInvalid, VersionInvalid
@@ -97,7 +98,7 @@ class Member:
         """When something of it was last written."""
         return max([entry.modified for entry in self.entries] + [upload.started for upload in self.uploads])
 
-    @property
+    @cached_property
     def parent_uri(self) -> str | None:
         """The version that it was made from, in its one spelling."""
         if self.manifest is None or self.manifest.parent is None:
@@ -114,6 +115,10 @@ class Family:
     def __init__(self, uri: str, members: Mapping[str, Member]) -> None:
         self.uri, self.members = uri, members
         self._by_uri = {member.uri: member for member in members.values()}
+        self._children: dict[str, list[Member]] = defaultdict(list)  # by the uri that they were made from
+        for member in members.values():
+            if not member.is_first and (parent := member.parent_uri) is not None and parent != member.uri:
+                self._children[parent].append(member)
 
     @property
     def root(self) -> Member | None:
@@ -134,12 +139,37 @@ class Family:
 
     def chained(self) -> list[Member]:
         """The version at `uri` and those whose parents lead there, whoever made them; collected ones included."""
+        below = {member.uri for generation in self._generations([self.uri]) for member in generation}
         return [
             member
             for member in self.members.values()
-            if member.manifest is not None
-            and (member.uri == self.uri or (not member.is_first and self.uri in self.ancestors(member)))
+            if member.manifest is not None and (member.uri == self.uri or member.uri in below)
         ]
+
+    def parents_of(self, members: Iterable[Member]) -> set[str]:
+        """The uris of the `ancestors` of all these."""
+        found: set[str] = set()
+        for member in members:
+            for parent in self.ancestors(member):
+                if parent in found:  # and so are all before it
+                    break
+                found.add(parent)
+        return found
+
+    def youngest_first(self, members: Iterable[Member]) -> list[Member]:
+        """In an order in which none comes after its parent."""
+        tops = self._children.keys() - {child.uri for children in self._children.values() for child in children}
+        ages = {member.uri: age for age, all_ in enumerate(self._generations(tops), 1) for member in all_}
+        return sorted(members, key=lambda member: (-ages.get(member.uri, 0), member.name))
+
+    def _generations(self, uris_: Iterable[str]) -> Iterator[list[Member]]:
+        """What was made of the versions at these uris, what was made of that, and so on; each member once."""
+        seen: set[str] = set()
+        parents = [*uris_]
+        while children := [child for uri in parents for child in self._children.get(uri, ()) if child.uri not in seen]:
+            parents = [child.uri for child in children]
+            seen.update(parents)
+            yield children
 
     def own(self, adapter_uid: str = "") -> list[Member]:
         """The versions of the adapter at `uri`, collected ones included: its first, and those made for it.
