@@ -242,3 +242,35 @@ def test_an_answer_of_many_names_is_cut_and_still_json(root: Path, model: Path, 
     done = read(answers)["done"]
     assert 0 < len(done) < 300
     assert done == names[: len(done)]
+
+
+@pytest.mark.parametrize("odd", ["my,adapter", "-coder", "--coder,x"])
+def test_names_with_a_comma_or_a_dash_before_them(root: Path, model: Path, answers: Path, odd: str) -> None:
+    uri = f"file://{root}/{odd}"
+    create(uri, model)
+    made = step(read_version(uri), 1)
+    both = ["--version", odd, f"--version={name(made)}"]
+    for act in ("tombstone", "restore", "tombstone"):
+        assert command.main([act, "--root", uri, *both]) == 0
+        assert read(answers)["done"] == [odd, name(made)]
+    assert command.main(["delete", "--root", uri, "--version", odd]) == 0
+    assert read(answers)["done"] == [odd]
+    assert command.main(["restore", "--root", uri, *both]) == 0
+    assert read(answers) == {"ok": True, "done": [name(made)], "dead": [odd]}
+    known = ["--known-version", odd, "--known-version", name(made)]
+    assert command.main(["sweep", "--root", uri, "--grace-seconds", "0", *known]) == 0
+    assert command.main(["fsck", uri, *known]) == 0
+    assert read(answers)["versions"] == 2
+    assert command.main(["destroy", "--root", uri, "--keep-version", name(made)]) == 0
+    assert read(answers)["kept"] == [name(made)]
+
+
+def test_both_forms_of_names_add_up_and_one_is_needed(root: Path, model: Path, answers: Path) -> None:
+    create(f"file://{root}/coder", model)
+    uri, made = f"file://{root}/coder", name(step(read_version(f"file://{root}/coder"), 1))
+    assert command.main(["tombstone", "--root", uri, "--versions", f"coder,{made}", "--version", made]) == 0
+    assert read(answers)["done"] == ["coder", made]
+    for act in (["tombstone"], ["restore"], ["delete"], ["sweep", "--grace-seconds", "0"]):
+        assert command.main([*act, "--root", uri]) == 1
+        assert read(answers)["reason"] == "InvalidSpec"
+        assert "is required" in read(answers)["message"]

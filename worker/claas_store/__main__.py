@@ -31,6 +31,9 @@ TERMINATION_LOG: Final = "/dev/termination-log"
 ANSWER_BYTES: Final = 4096  # what Kubernetes keeps
 MESSAGE_CHARACTERS: Final = 1024  # what a condition takes
 
+# Options whose values are names of versions, or lists of such.
+_NAME_OPTIONS: Final = frozenset({"--versions", "--version", "--keep", "--keep-version", "--known", "--known-version"})
+
 log = logging.getLogger("claas_store")
 
 
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and answers; the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        answer = {"ok": True, **_run(_parser().parse_args(arguments))}
+        answer = {"ok": True, **_run(_parsed(sys.argv[1:] if arguments is None else arguments))}
     except StoreError as error:
         answer = failure(error.reason, str(error), error.retryable)
     except Exception as error:
@@ -162,11 +165,28 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(name for name in text.split(",") if name))
 
 
+def _name(text: str) -> list[str]:
+    return [text] if text else []
+
+
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise ValueError(text)
     return value
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; a name may begin with a dash, and by `--version NAME` hold a comma."""
+    words: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        follows = next(rest, None) if word in _NAME_OPTIONS else None
+        words.append(word if follows is None else f"{word}={follows}")  # apart, argparse takes -coder for an option
+    options = _parser().parse_args(words)
+    if (needed := getattr(options, "needed", None)) and getattr(options, needed) is None:
+        raise ArgumentInvalid(f"claas_store {options.command}: --{needed} is required")
+    return options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -175,6 +195,30 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         raise ArgumentInvalid(f"{self.prog}: {message}")
+
+
+class _Extend(argparse.Action):
+    """Names add up, however often and in whichever form they are given; none of them twice."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys([*(getattr(namespace, self.dest) or ()), *values])))
+
+
+def _add_names(
+    command: argparse.ArgumentParser, many: str, one: str, what: str, *, required: bool = False, default: Any = None
+) -> None:
+    """`--versions A,B` and `--version A --version B`, which also takes names with a comma, for the same list."""
+    dest = many.removeprefix("--")
+    command.add_argument(
+        many, type=_names, action=_Extend, dest=dest, default=default, help=f"names {what}, comma-separated"
+    )
+    command.add_argument(
+        one, type=_name, action=_Extend, dest=dest, default=default, metavar="NAME", help="one of these; again for each"
+    )
+    if required:
+        command.set_defaults(needed=dest)  # in one of its forms
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,8 +251,8 @@ def _parser() -> argparse.ArgumentParser:
     for one in (dead, back, delete, destroy, sweep):
         one.add_argument("--root", required=True, help="the adapter's own uri")
     for one in (dead, back, delete):
-        one.add_argument("--versions", type=_names, required=True, help="names beside it, comma-separated")
-    destroy.add_argument("--keep", type=_names, default=[], help="names of versions that stay, comma-separated")
+        _add_names(one, "--versions", "--version", "beside it", required=True)
+    _add_names(destroy, "--keep", "--keep-version", "of versions that stay", default=[])
     destroy.add_argument("--adapter-uid", default="", help="the LoraAdapter's: what was not made for it stays")
     destroy.add_argument(
         "--grace-seconds",
@@ -216,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
         default=collect.GRACE_SECONDS,
         help="what has no manifest and is younger stays",
     )
-    sweep.add_argument("--known", type=_names, required=True, help="versions that the adapter names, comma-separated")
+    _add_names(sweep, "--known", "--known-version", "of the versions that the adapter names", required=True)
     sweep.add_argument("--grace-seconds", type=_seconds, required=True, help="what is younger stays")
     sweep.add_argument("--adapter-uid", default="", help="whose orphans; by default as the known versions say")
     sweep.add_argument(
@@ -226,7 +270,9 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("fsck", help="check every digest of a version and its parents; exit code 1 if broken")
     check.add_argument("uri", help="a version, or an adapter's own uri: then all versions beside it")
     check.add_argument("--all", action="store_true", help="all versions beside it, whatever its name")
-    check.add_argument("--known", type=_names, help="versions that the adapter names; others are reported as orphaned")
+    _add_names(
+        check, "--known", "--known-version", "of the versions that the adapter names; others are reported as orphaned"
+    )
     check.add_argument("--json", action="store_true", help="the whole report as JSON, in place of the lines")
 
     fetch = commands.add_parser("fetch-model", help="fill a model folder, once")
