@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,9 +24,10 @@ from claas_store.errors import (
     VersionCollected,
     VersionInvalid,
 )
+from claas_store.family import Family, Member
 from claas_store.stores import open_store
 from claas_store.tombstone import MANIFEST, TOMBSTONE, read_tombstone
-from claas_store.version import ADAPTER, CONFIG, Version, find_manifest, read_version
+from claas_store.version import ADAPTER, CONFIG, Manifest, ParentVersion, Version, find_manifest, read_version
 from objectstore import ObjectStore
 from store import examples
 from store.chains import age, files_of, first, killed_step, name, names_in, request_uid, step, step_uri
@@ -112,13 +114,40 @@ def test_what_is_wholly_gone_needs_no_tombstone(home: str) -> None:
 def test_a_tombstone_is_taken_back_when_a_reference_was_found(home: str) -> None:
     (root, *_) = chain(home)
     collect.tombstone(f"{home}coder", ["coder"], "retention")
-    assert restore(f"{home}coder", ["coder"]) == ["coder"]
+    assert restore(f"{home}coder", ["coder"]) == (["coder"], [])
     assert read_version(root.uri).manifest == root.manifest
     collect.tombstone(f"{home}coder", ["coder"], "retention")
     delete(f"{home}coder", ["coder"])
-    with pytest.raises(VersionCollected, match="cannot come back"):
-        restore(f"{home}coder", ["coder"])
+    assert restore(f"{home}coder", ["coder"]) == ([], ["coder"])
     assert files_of(root.uri) == [TOMBSTONE]
+
+
+def test_what_is_there_comes_back_although_another_is_dead(home: str) -> None:
+    versions = chain(home)
+    names = [name(version) for version in versions[:2]]
+    gone = name(step_uri(versions[0].uri, 77))
+    collect.tombstone(f"{home}coder", names, "retention")
+    open_store(home).delete(f"{versions[0].uri}{MANIFEST}")  # a deletion that was killed
+    assert restore(f"{home}coder", [*names, gone]) == ([names[1], gone], ["coder"])
+    assert read_version(versions[1].uri).manifest == versions[1].manifest
+    with pytest.raises(VersionCollected):
+        read_version(versions[0].uri)
+
+
+def test_a_damaged_version_does_not_hold_up_the_others(home: str) -> None:
+    versions = chain(home, 4)
+    store, names = open_store(home), [name(version) for version in versions[:3]]
+    store.delete(f"{versions[1].uri}{MANIFEST}")
+    store.put(f"{versions[2].uri}{MANIFEST}", b"x" * (2**20 + 1), if_absent=False)
+    assert collect.tombstone(f"{home}coder", names, "retention") == names
+    assert restore(f"{home}coder", [names[1]]) == ([names[1]], [])
+    assert TOMBSTONE not in files_of(versions[1].uri)
+    collect.tombstone(f"{home}coder", names, "retention")
+    assert delete(f"{home}coder", names) == names
+    assert all(files_of(version.uri) == [TOMBSTONE] for version in versions[:3])
+    assert restore(f"{home}coder", names) == ([], names)
+    destroy(f"{home}coder", adapter_uid=examples.UID, grace_seconds=0)
+    assert names_in(home) == [], "nor are tombstones left that quote nothing"
 
 
 def test_a_reader_waits_for_a_tombstone_that_is_taken_back(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +181,35 @@ def test_a_deletion_in_the_middle_of_a_read_is_said(home: str, monkeypatch: pyte
     monkeypatch.setattr(module, "read_manifest", slow)
     with pytest.raises(VersionCollected):
         read_version(root.uri)
+
+
+def test_what_lies_deeper_than_a_version_is_nobody_elses_to_delete(home: str) -> None:
+    """Another adapter lives in the folder of the first version, and so do the checkpoints of somebody's run."""
+    store = open_store(home)
+    versions = chain(home)
+    inner = first(f"{home}coder/v2", OTHER)
+    theirs = [inner, step(inner, 5, adapter_uid=OTHER)]
+    deeper = [f"{home}coder/checkpoint-500/{ADAPTER}", f"{versions[1].uri}claas-payloads/a.json"]
+    for uri in deeper:
+        store.put(uri, b"not a version's")
+    killed_step(versions[2], 9)
+    in_the_making = f"{step_uri(versions[2].uri, 9)}notes/{CONFIG}"
+    store.put(in_the_making, b"{}")
+
+    collect.tombstone(f"{home}coder", ["coder", name(versions[1])], "retention")
+    delete(f"{home}coder", ["coder", name(versions[1])])
+    sweep(f"{home}coder", [name(version) for version in versions], 0)
+    destroy(f"{home}coder")
+    for version in theirs:
+        assert read_version(version.uri).manifest == version.manifest
+    assert all(store.get(uri) for uri in [*deeper, in_the_making])
+    assert destroy(f"{home}coder") == ([], []), "nothing of this is the adapter's"
+
+
+def test_a_folder_with_nothing_but_deeper_ones_needs_no_tombstone(home: str) -> None:
+    inner = first(f"{home}coder/v2", OTHER)
+    assert delete(f"{home}coder", ["coder"]) == ["coder"]
+    assert read_version(inner.uri).manifest == inner.manifest
 
 
 @pytest.mark.parametrize(
@@ -189,7 +247,7 @@ def test_an_adapter_is_destroyed_with_all_it_made_and_nothing_else(home: str) ->
     first(f"{home}coder2", OTHER)  # a prefix of whose name is ours
     first(f"{home}code", OTHER)
     open_store(home).put(f"{home}coder.txt", b"a note")
-    assert len(destroy(f"{home}coder").deleted) == 6
+    assert len(destroy(f"{home}coder", grace_seconds=0).deleted) == 6
     assert names_in(home) == ["code", "coder.txt", "coder2"]
     assert destroy(f"{home}coder") == ([], [])
 
@@ -198,18 +256,18 @@ def test_a_fork_beside_it_survives_with_its_own_versions(home: str) -> None:
     """A fork may lie under a name that looks like a version's, and its steps are siblings of the destroyed one's."""
     versions = chain(home, 3)
     fork_uri = step_uri(versions[0].uri, 50)
-    from claas_store.version import Manifest, ParentVersion, write_version
+    from claas_store.version import write_version
 
     origin = ParentVersion(uri=versions[1].uri, sha256=versions[1].manifest_sha256)
     manifest = Manifest(base_model=examples.BASE, adapter_uid=OTHER, parent=origin)
     fork = write_version(fork_uri, examples.CONFIG, examples.tensors(), None, manifest)
     later = step(fork, 51, adapter_uid=OTHER)
     leftover = killed_step(later, 52)  # nobody can tell whose
-    destroyed = destroy(f"{home}coder")
+    destroyed = destroy(f"{home}coder", grace_seconds=0)
     assert sorted(destroyed.deleted) == sorted(map(name, versions))
     assert destroyed.kept == sorted(map(name, (fork, later, leftover))) == names_in(home)
     assert read_version(later.uri).manifest == later.manifest
-    assert len(destroy(fork.uri).deleted) == 3
+    assert len(destroy(fork.uri, adapter_uid=OTHER, grace_seconds=0).deleted) == 3
     assert names_in(home) == []
 
 
@@ -251,6 +309,79 @@ def test_a_manifest_that_nobody_can_read_is_not_deleted(home: str) -> None:
         destroy(f"{home}other")
 
 
+def test_what_was_not_made_for_the_adapter_stays_and_is_named(home: str) -> None:
+    from claas_store.fsck import fsck
+
+    versions = chain(home, 3)
+    bare = step(versions[2], 9, adapter_uid="")  # a request with a bare uri: its user's
+    borrowed = step(versions[1], 11, adapter_uid=OTHER)  # an adapter that adopted versions[1] where it lies,
+    unreported = step(borrowed, 12, adapter_uid=OTHER)  # and what it has just made
+    destroyed = destroy(f"{home}coder", [name(versions[1])], adapter_uid=examples.UID)
+    assert destroyed.kept == sorted(map(name, (versions[1], bare, borrowed, unreported)))
+    assert sorted(destroyed.deleted) == sorted(map(name, (versions[0], versions[2])))
+    for version in (bare, borrowed, unreported):
+        assert read_version(version.uri).manifest == version.manifest
+        assert fsck(version.uri).ok, "its parents' tombstones stay"
+
+
+def test_a_bare_requests_output_is_never_the_adapters_even_without_a_uid(home: str) -> None:
+    versions = chain(home, 2)
+    bare = step(versions[1], 9, adapter_uid="")
+    assert destroy(f"{home}coder").kept == [name(bare)]
+    assert read_version(bare.uri).manifest == bare.manifest
+
+
+def test_a_step_that_still_writes_is_not_destroyed(root: Path) -> None:
+    home = f"file://{root}/"
+    versions = chain(home, 2)
+    young, old = killed_step(versions[1], 9), killed_step(versions[1], 10)
+    bare = step(versions[1], 11, adapter_uid="")
+    age(old, 90000)
+    age(bare.uri, 90000)
+    destroyed = destroy(f"{home}coder", adapter_uid=examples.UID)
+    assert destroyed.kept == sorted([name(young), name(bare)])
+    assert name(old) in destroyed.deleted
+    assert files_of(young) == [CONFIG]
+
+
+def test_a_version_of_an_early_release_belongs_where_its_parents_lead(home: str) -> None:
+    versions = chain(home, 2)
+    store, uri = open_store(home), f"{versions[1].uri}{MANIFEST}"
+    early = json.loads(store.get(uri))
+    del early["adapterUid"]
+    store.put(uri, json.dumps(early).encode(), if_absent=False)
+    assert destroy(f"{home}coder", adapter_uid=examples.UID).kept == []
+    assert names_in(home) == []
+
+
+def test_a_family_of_thousands_is_sorted_out_in_a_moment() -> None:
+    """Each parent is looked at once: what grows with the square of the versions took minutes."""
+    base = "s3://adapters/team/coder"
+    members, parent = {}, None
+    for number in range(4000):
+        uri = step_uri(f"{base}/", number) if number else f"{base}/"
+        manifest = Manifest(
+            base_model="b", adapter_uid="u", parent=parent, request_uid=request_uid(number) if number else ""
+        )
+        members[name(uri)] = Member(uri, exists=True, manifest=manifest)
+        parent = ParentVersion(uri=uri, sha256="0" * 64)
+    start = time.process_time()
+    family = Family(f"{base}/", members)
+    ordered = family.youngest_first(family.own("u"))
+    assert [member.name for member in ordered] == [*reversed(members)]
+    assert len(family.parents_of(ordered)) == 3999
+    assert time.process_time() - start < 3
+
+
+def test_a_circle_of_parents_is_destroyed_as_well(home: str) -> None:
+    versions = chain(home, 3)
+    store, uri = open_store(home), f"{versions[1].uri}{MANIFEST}"
+    said = json.loads(store.get(uri)) | {"parent": {"uri": versions[2].uri, "sha256": "0" * 64}}
+    store.put(uri, json.dumps(said).encode(), if_absent=False)
+    assert len(destroy(f"{home}coder", adapter_uid=examples.UID).deleted) == 3
+    assert names_in(home) == []
+
+
 def die_after(deletions: int, act: str) -> str:
     """A program that runs `act` and is killed with SIGKILL at the store's next write or deletion after so many."""
     return f"""
@@ -286,7 +417,7 @@ def test_a_killed_destruction_is_finished_by_the_next(home: str, steps: int) -> 
     first(f"{home}coder2", OTHER)
     killed_step(versions[2], 21)
     assert not run(die_after(steps, f"collect.destroy('{home}coder')"))
-    destroy(f"{home}coder")
+    destroy(f"{home}coder", grace_seconds=0)
     assert names_in(home) == ["coder2"]
 
 
@@ -344,6 +475,22 @@ def test_a_young_orphan_keeps_an_old_ones_that_it_was_made_from(root: Path) -> N
     age(young.uri, 7200)
     assert sweep(f"{home}coder", known, 3600).orphans == 2
     assert names_in(home) == sorted(known)
+
+
+def test_what_a_request_made_that_has_not_ended_stays(home: str) -> None:
+    """Its first attempt's version is whole, its second attempt's is half, and the status names neither yet."""
+    versions = chain(home, 2)
+    whole, half = step(versions[1], 7), killed_step(versions[1], 8)
+    ended, dead = step(versions[1], 9), killed_step(versions[1], 10)
+    parent = step(versions[1], 11)  # unknown, but an unended request's version was made from it
+    child = step(parent, 12)
+    known = [name(version) for version in versions]
+    unended = [request_uid(number) for number in (7, 8, 12)]
+    swept = sweep(f"{home}coder", known, 0, adapter_uid=examples.UID, unended=unended)
+    assert (swept.orphans, swept.interrupted, swept.kept) == (1, 1, 4)
+    assert names_in(home) == sorted([*known, *map(name, (whole, half, parent, child))])
+    assert name(ended) not in names_in(home) and name(dead) not in names_in(home)
+    assert sweep(f"{home}coder", known, 0, adapter_uid=examples.UID).orphans == 3
 
 
 def test_an_adapter_created_anew_does_not_sweep_what_the_old_one_made(home: str) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from claas_operator.operations import parse_answer
 from claas_store import __main__ as command
 from claas_store.errors import NotFound
-from claas_store.version import ADAPTER, read_version
+from claas_store.version import ADAPTER, CONFIG, read_version
 from store import examples
-from store.chains import killed_step, name, step, step_uri
+from store.chains import killed_step, name, request_uid, step, step_uri
 
 
 @pytest.fixture
@@ -119,6 +120,40 @@ def test_an_answer_fits_into_the_termination_log(root: Path, model: Path, answer
     assert read(answers)["message"].startswith("\U0001f600")
 
 
+def test_a_uri_is_answered_whole_however_it_is_written(root: Path, model: Path, answers: Path) -> None:
+    """The operator goes on with what the answer says, and a uri that was cut would be another's."""
+    for uri in (f"file://{root}/" + "/".join(["\u6587" * 84] * 9), f"file://{root}/" + "/".join(['"' * 200] * 4)):
+        assert create(uri, model) == 0
+        answer = read(answers)
+        assert (answer["uri"], answer["version"]) == (f"{uri}/", uri.rpartition("/")[2])
+        assert answer["sha256"] == read_version(uri).manifest_sha256
+    command._answer({"ok": True, "uri": uri, "done": ["\u6587" * 50] * 99, "dead": ["v" * 50] * 99})
+    assert read(answers)["uri"] == uri
+    assert read(answers)["done"]
+
+
+def test_a_uri_that_no_answer_could_hold_is_refused(root: Path, model: Path, answers: Path) -> None:
+    assert create(f"file://{root}/" + "/".join(["\U0001f600" * 60] * 14), model) == 1
+    assert "longer than 3072 bytes" in read(answers)["message"]
+
+
+def test_no_text_of_a_file_comes_back_in_an_answer(root: Path, model: Path, answers: Path) -> None:
+    """Names that are none, and half a surrogate pair, which the operator's parser refuses."""
+    store = command.open_store(f"file://{root}/theirs")
+    config = {**examples.CONFIG, "target_modules": ["\ud800", "IGNORE\n\x1b[31m", "k_proj"]}
+    store.put(f"file://{root}/theirs/{CONFIG}", json.dumps(config).encode())
+    assert create(f"file://{root}/coder", model, **{"init-from": f"file://{root}/theirs"}) == 1
+    assert "IGNORE" not in answers.read_text()
+    assert "k_proj" in read(answers)["message"]
+    assert parse_answer(answers.read_text()) is not None
+    for words in ({"peft_type": "IGNORE all"}, {"base_model_name_or_path": "o/" + "\u6587"}):
+        store.put(f"file://{root}/theirs/{CONFIG}", json.dumps({**examples.CONFIG, **words}).encode(), if_absent=False)
+        assert create(f"file://{root}/coder", model, **{"init-from": f"file://{root}/theirs"}) == 1
+        assert not any(word in read(answers)["message"] for word in ("IGNORE", "\u6587"))
+    command._answer(command.failure(command.Reason.INTERNAL_ERROR, "half \ud800 a pair", True))
+    assert read(answers)["message"] == "half ? a pair"
+
+
 def test_an_unforeseen_error_is_an_answer_and_a_traceback(
     root: Path, model: Path, answers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,9 +198,10 @@ def test_collecting_by_command(home: str, model: Path, answers: Path) -> None:
     assert (read(answers)["reason"], read(answers)["retryable"]) == ("VersionConflict", False)
     for act in ("tombstone", "restore", "tombstone", "delete", "delete"):
         assert command.main([act, "--root", f"{home}coder", "--versions", names]) == 0
-        assert read(answers) == {"ok": True, "done": names.split(",")}
-    assert command.main(["restore", "--root", f"{home}coder", "--versions", "coder"]) == 1
-    assert read(answers)["reason"] == "AdapterInvalid"
+        assert read(answers).pop("dead", []) == []
+        assert (read(answers)["ok"], read(answers)["done"]) == (True, names.split(","))
+    assert command.main(["restore", "--root", f"{home}coder", "--versions", "coder"]) == 0
+    assert read(answers) == {"ok": True, "done": [], "dead": ["coder"]}
     assert command.main(["tombstone", "--root", f"{home}coder", "--versions", "coder,../x"]) == 1
     assert read(answers)["reason"] == "InvalidSpec"
 
@@ -181,6 +217,9 @@ def test_destroying_and_sweeping_by_command(home: str, model: Path, answers: Pat
     assert read(answers) == {"ok": True, "interrupted": 0, "orphans": 0, "uploads": 0, "kept": 2}
     assert command.main([*sweep, "--grace-seconds", "0", "--adapter-uid", "another"]) == 0
     assert read(answers) == {"ok": True, "interrupted": 1, "orphans": 0, "uploads": 0, "kept": 0}
+    unended = ",".join([request_uid(2), request_uid(3)])
+    assert command.main([*sweep, "--grace-seconds", "0", "--unended", unended]) == 0
+    assert read(answers) == {"ok": True, "interrupted": 0, "orphans": 0, "uploads": 0, "kept": 1}
     assert command.main([*sweep, "--grace-seconds", "0", "--adapter-uid", examples.UID]) == 0
     assert read(answers)["orphans"] == 1
     with pytest.raises(NotFound):
@@ -203,3 +242,35 @@ def test_an_answer_of_many_names_is_cut_and_still_json(root: Path, model: Path, 
     done = read(answers)["done"]
     assert 0 < len(done) < 300
     assert done == names[: len(done)]
+
+
+@pytest.mark.parametrize("odd", ["my,adapter", "-coder", "--coder,x"])
+def test_names_with_a_comma_or_a_dash_before_them(root: Path, model: Path, answers: Path, odd: str) -> None:
+    uri = f"file://{root}/{odd}"
+    create(uri, model)
+    made = step(read_version(uri), 1)
+    both = ["--version", odd, f"--version={name(made)}"]
+    for act in ("tombstone", "restore", "tombstone"):
+        assert command.main([act, "--root", uri, *both]) == 0
+        assert read(answers)["done"] == [odd, name(made)]
+    assert command.main(["delete", "--root", uri, "--version", odd]) == 0
+    assert read(answers)["done"] == [odd]
+    assert command.main(["restore", "--root", uri, *both]) == 0
+    assert read(answers) == {"ok": True, "done": [name(made)], "dead": [odd]}
+    known = ["--known-version", odd, "--known-version", name(made)]
+    assert command.main(["sweep", "--root", uri, "--grace-seconds", "0", *known]) == 0
+    assert command.main(["fsck", uri, *known]) == 0
+    assert read(answers)["versions"] == 2
+    assert command.main(["destroy", "--root", uri, "--keep-version", name(made)]) == 0
+    assert read(answers)["kept"] == [name(made)]
+
+
+def test_both_forms_of_names_add_up_and_one_is_needed(root: Path, model: Path, answers: Path) -> None:
+    create(f"file://{root}/coder", model)
+    uri, made = f"file://{root}/coder", name(step(read_version(f"file://{root}/coder"), 1))
+    assert command.main(["tombstone", "--root", uri, "--versions", f"coder,{made}", "--version", made]) == 0
+    assert read(answers)["done"] == ["coder", made]
+    for act in (["tombstone"], ["restore"], ["delete"], ["sweep", "--grace-seconds", "0"]):
+        assert command.main([*act, "--root", uri]) == 1
+        assert read(answers)["reason"] == "InvalidSpec"
+        assert "is required" in read(answers)["message"]

@@ -12,6 +12,7 @@ import safetensors.numpy
 from claas_store import __main__ as command
 from claas_store import collect
 from claas_store.create import init_adapter
+from claas_store.errors import UriInvalid
 from claas_store.fsck import Kind, Report, fsck
 from claas_store.stores import open_store
 from claas_store.tombstone import MANIFEST, TOMBSTONE
@@ -128,6 +129,34 @@ def test_what_was_interrupted_or_orphaned_is_told_and_breaks_nothing(home: str) 
     assert sorted(kinds(report)) == sorted([(Kind.INTERRUPTED, name(leftover)), (Kind.ORPHANED, name(lost))])
     assert report.ok
     assert kinds(fsck(f"{home}coder")) == [(Kind.INTERRUPTED, name(leftover))]
+
+
+def test_a_known_version_that_is_gone_or_has_lost_its_manifest_is_found(home: str) -> None:
+    versions = chain(home, 4)
+    store, known = open_store(home), [name(version) for version in versions]
+    for uri, _ in store.list(versions[3].uri):
+        store.delete(uri)
+    store.delete(f"{versions[2].uri}{MANIFEST}")
+    report = fsck(f"{home}coder", known=known)
+    assert not report.ok
+    assert sorted(kinds(report)) == sorted([(Kind.MISSING, known[3]), (Kind.BROKEN, known[2])])
+    assert fsck(f"{home}coder", known=known[:2]).ok, "who does not know of them takes them for a killed step's"
+    collect.tombstone(f"{home}coder", [known[0]], "retention")
+    collect.delete(f"{home}coder", [known[0]])
+    assert fsck(f"{home}coder", known=known[:2]).ok, "what was collected is not missing"
+    with pytest.raises(UriInvalid):
+        fsck(f"{home}coder", known=["coder2"])
+
+
+def test_an_adapter_that_begins_at_a_steps_uri_is_checked_as_a_whole(home: str) -> None:
+    versions = chain(home, 3)
+    later = step(versions[1], 7, adapter_uid="other")  # of an adapter that adopted versions[1] where it lies
+    store = open_store(home)
+    store.put(f"{later.uri}{ADAPTER}", b"damaged", if_absent=False)
+    report = fsck(versions[1].uri, known=[name(versions[1]), name(later)])
+    assert not report.ok
+    assert (Kind.BROKEN, ADAPTER) in kinds(report)
+    assert fsck(versions[1].uri).ok, "without what is known it is a version, and its chain is whole"
 
 
 def test_a_version_whose_parents_lead_elsewhere_is_an_orphan(home: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import tracemalloc
@@ -20,8 +21,18 @@ from claas_store.create import init_adapter
 from claas_store.errors import StoreError, VersionInvalid
 from claas_store.limits import MAX_HEADER_BYTES
 from claas_store.stores import open_store
-from claas_store.version import ADAPTER, CONFIG, MANIFEST, Version, parse_adapter, parse_config, read_version
+from claas_store.version import (
+    ADAPTER,
+    CONFIG,
+    MANIFEST,
+    OPTIMIZER,
+    Version,
+    parse_adapter,
+    parse_config,
+    read_version,
+)
 from store import examples
+from store.chains import first
 
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"  # (4, 24)
 OTHER = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
@@ -357,3 +368,41 @@ def test_a_config_with_any_value_is_refused_or_means_the_same(root: Path, field:
     for name in shaping:
         assert (kept[name] or None) == (examples.CONFIG[name] or None), "what shapes the adapter cannot have changed"
     assert sorted(version.config["target_modules"]) == sorted(examples.CONFIG["target_modules"])
+
+
+# Manifests that list more than a version is made of
+
+
+def listing(uri: str, files: dict[str, bytes]) -> None:
+    """Lets the manifest of the version at `uri` list `files` too, each with its right digest."""
+    store = open_store(uri)
+    manifest = json.loads(store.get(f"{uri}{MANIFEST}"))
+    for file, data in files.items():
+        store.put(f"{uri}{file}", data, if_absent=False)
+        manifest["files"][file] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    store.put(f"{uri}{MANIFEST}", json.dumps(manifest).encode(), if_absent=False)
+
+
+def test_other_files_that_a_manifest_lists_are_not_read(root: Path) -> None:
+    version = first(f"file://{root}/coder")
+    listing(version.uri, {f"extra{number}.bin": bytes(16 * 2**20) for number in range(8)})
+    tracemalloc.start()
+    try:
+        again = read_version(version.uri, max_bytes=2**20)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 4 * 2**20
+    np.testing.assert_equal(dict(again.tensors), dict(version.tensors))
+
+
+def test_a_source_of_a_fork_is_read_within_what_the_adapter_can_need(root: Path, model: Path) -> None:
+    source = first(f"file://{root}/coder")
+    with open(root / "coder" / OPTIMIZER, "wb") as file:  # 64 MiB, of which nothing is on the disk
+        file.truncate(64 * 2**20)
+    manifest = json.loads((root / "coder" / MANIFEST).read_text())
+    manifest["files"][OPTIMIZER] = {"sha256": "0" * 64, "size": 64 * 2**20}
+    (root / "coder" / MANIFEST).write_text(json.dumps(manifest))
+    for uri in (f"file://{root}/fork", source.uri):
+        with pytest.raises(VersionInvalid, match=f"{OPTIMIZER} has {64 * 2**20} bytes, at most"):
+            init(uri, source.uri, model)

@@ -31,6 +31,9 @@ TERMINATION_LOG: Final = "/dev/termination-log"
 ANSWER_BYTES: Final = 4096  # what Kubernetes keeps
 MESSAGE_CHARACTERS: Final = 1024  # what a condition takes
 
+# Options whose values are names of versions, or lists of such.
+_NAME_OPTIONS: Final = frozenset({"--versions", "--version", "--keep", "--keep-version", "--known", "--known-version"})
+
 log = logging.getLogger("claas_store")
 
 
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and answers; the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        answer = {"ok": True, **_run(_parser().parse_args(arguments))}
+        answer = {"ok": True, **_run(_parsed(sys.argv[1:] if arguments is None else arguments))}
     except StoreError as error:
         answer = failure(error.reason, str(error), error.retryable)
     except Exception as error:
@@ -70,14 +73,22 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         case "tombstone":
             return {"done": collect.tombstone(options.root, options.versions, options.why)}
         case "restore":
-            return {"done": collect.restore(options.root, options.versions)}
+            return collect.restore(options.root, options.versions)._asdict()
         case "delete":
             return {"done": collect.delete(options.root, options.versions)}
         case "destroy":
-            destroyed = collect.destroy(options.root, options.keep)
+            destroyed = collect.destroy(
+                options.root, options.keep, adapter_uid=options.adapter_uid, grace_seconds=options.grace_seconds
+            )
             return {"deleted": len(destroyed.deleted), "kept": destroyed.kept}
         case "sweep":
-            swept = collect.sweep(options.root, options.known, options.grace_seconds, adapter_uid=options.adapter_uid)
+            swept = collect.sweep(
+                options.root,
+                options.known,
+                options.grace_seconds,
+                adapter_uid=options.adapter_uid,
+                unended=options.unended,
+            )
             return swept._asdict()
         case "fsck":
             return _fsck(options)
@@ -122,25 +133,40 @@ def _outcome(version: Version) -> dict[str, Any]:
 
 
 def _answer(answer: dict[str, Any]) -> None:
-    """At most ANSWER_BYTES: the longest text or list is cut until it fits, since half a JSON object would be none.
+    """At most ANSWER_BYTES of UTF-8: the message or the longest list is cut until it fits, since half a JSON object
+    would be none. Everything else is whole or not there: a uri that was cut would be another's.
 
-    Escapes make a message longer than its characters. A list of names that was cut says only what is certain: the
-    operator asks again for what is not in it.
+    A list of names that was cut says only what is certain: the operator asks again for what is not in it.
     """
-    data = json.dumps(answer).encode()
+    data = _encoded(answer)
     while len(data) > ANSWER_BYTES:
-        name = max(answer, key=lambda key: len(json.dumps(answer[key])))
-        answer = {**answer, name: answer[name][: len(answer[name]) // 2]}
-        data = json.dumps(answer).encode()
+        long = [key for key, value in answer.items() if value and (key == "message" or isinstance(value, list))]
+        if not long:  # a path of a folder, perhaps; uris have their bound
+            answer = {key: value for key, value in answer.items() if not isinstance(value, str)}
+            answer["message"] = f"the answer has more than {ANSWER_BYTES} bytes; the log of the Job has it"
+            log.warning("the whole answer: %s", data.decode())
+        else:
+            name = max(long, key=lambda key: len(_encoded(answer[key])))
+            answer = {**answer, name: answer[name][: len(answer[name]) // 2]}
+        data = _encoded(answer)
     print(data.decode(), flush=True)
     path = os.environ.get("CLAAS_TERMINATION_LOG") or TERMINATION_LOG
     if os.environ.get("CLAAS_TERMINATION_LOG") or os.path.exists(path):
         Path(path).write_bytes(data)
 
 
+def _encoded(value: Any) -> bytes:
+    """JSON as UTF-8. Half a surrogate pair, which no file and no argument may smuggle in, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace")
+
+
 def _names(text: str) -> list[str]:
     """Names of versions: comma-separated, none of them twice."""
     return list(dict.fromkeys(name for name in text.split(",") if name))
+
+
+def _name(text: str) -> list[str]:
+    return [text] if text else []
 
 
 def _seconds(text: str) -> float:
@@ -150,12 +176,49 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; a name may begin with a dash, and by `--version NAME` hold a comma."""
+    words: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        follows = next(rest, None) if word in _NAME_OPTIONS else None
+        words.append(word if follows is None else f"{word}={follows}")  # apart, argparse takes -coder for an option
+    options = _parser().parse_args(words)
+    if (needed := getattr(options, "needed", None)) and getattr(options, needed) is None:
+        raise ArgumentInvalid(f"claas_store {options.command}: --{needed} is required")
+    return options
+
+
 class _Parser(argparse.ArgumentParser):
     """Bad arguments are an answer too: whoever made the Job must learn of them."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         raise ArgumentInvalid(f"{self.prog}: {message}")
+
+
+class _Extend(argparse.Action):
+    """Names add up, however often and in whichever form they are given; none of them twice."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys([*(getattr(namespace, self.dest) or ()), *values])))
+
+
+def _add_names(
+    command: argparse.ArgumentParser, many: str, one: str, what: str, *, required: bool = False, default: Any = None
+) -> None:
+    """`--versions A,B` and `--version A --version B`, which also takes names with a comma, for the same list."""
+    dest = many.removeprefix("--")
+    command.add_argument(
+        many, type=_names, action=_Extend, dest=dest, default=default, help=f"names {what}, comma-separated"
+    )
+    command.add_argument(
+        one, type=_name, action=_Extend, dest=dest, default=default, metavar="NAME", help="one of these; again for each"
+    )
+    if required:
+        command.set_defaults(needed=dest)  # in one of its forms
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -188,16 +251,28 @@ def _parser() -> argparse.ArgumentParser:
     for one in (dead, back, delete, destroy, sweep):
         one.add_argument("--root", required=True, help="the adapter's own uri")
     for one in (dead, back, delete):
-        one.add_argument("--versions", type=_names, required=True, help="names beside it, comma-separated")
-    destroy.add_argument("--keep", type=_names, default=[], help="names of versions that stay, comma-separated")
-    sweep.add_argument("--known", type=_names, required=True, help="versions that the adapter names, comma-separated")
+        _add_names(one, "--versions", "--version", "beside it", required=True)
+    _add_names(destroy, "--keep", "--keep-version", "of versions that stay", default=[])
+    destroy.add_argument("--adapter-uid", default="", help="the LoraAdapter's: what was not made for it stays")
+    destroy.add_argument(
+        "--grace-seconds",
+        type=_seconds,
+        default=collect.GRACE_SECONDS,
+        help="what has no manifest and is younger stays",
+    )
+    _add_names(sweep, "--known", "--known-version", "of the versions that the adapter names", required=True)
     sweep.add_argument("--grace-seconds", type=_seconds, required=True, help="what is younger stays")
     sweep.add_argument("--adapter-uid", default="", help="whose orphans; by default as the known versions say")
+    sweep.add_argument(
+        "--unended", type=_names, default=[], help="uids of requests that have not ended, comma-separated: theirs stays"
+    )
 
     check = commands.add_parser("fsck", help="check every digest of a version and its parents; exit code 1 if broken")
     check.add_argument("uri", help="a version, or an adapter's own uri: then all versions beside it")
     check.add_argument("--all", action="store_true", help="all versions beside it, whatever its name")
-    check.add_argument("--known", type=_names, help="versions that the adapter names; others are reported as orphaned")
+    _add_names(
+        check, "--known", "--known-version", "of the versions that the adapter names; others are reported as orphaned"
+    )
     check.add_argument("--json", action="store_true", help="the whole report as JSON, in place of the lines")
 
     fetch = commands.add_parser("fetch-model", help="fill a model folder, once")

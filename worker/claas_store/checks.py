@@ -47,13 +47,13 @@ PATTERN_FIELDS: Final = ("rank_pattern", "alpha_pattern", "layers_to_transform",
 
 _MAX_PATTERNS = 512
 _MAX_PATTERN_CHARACTERS = 1024
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}(/[A-Za-z0-9_.-]{1,200})?")  # with one slash, a hub's id
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w.-]*")
 
 
-def shown(name: str) -> str:
+def shown(name: object, otherwise: str = "a key that is no name") -> str:
     """A name from a file as a message may hold it."""
-    return name if _NAME.fullmatch(name) else "a key that is no name"
+    return name if isinstance(name, str) and _NAME.fullmatch(name) else otherwise
 
 
 def names_another_base(config: Mapping[str, Any], base_model: str) -> bool:
@@ -73,8 +73,8 @@ def check_config(uri: str, config: Mapping[str, Any], base_model: str = "") -> N
     at = f"{uri}: {CONFIG}"
     if names_another_base(config, base_model):
         named = config["base_model_name_or_path"]
-        what = f" {named[:253]}" if isinstance(named, str) else ""
-        raise VersionInvalid(f"{at}: base_model_name_or_path is another model{what}: set spec.baseModel to it")
+        what = shown(named, "with a name that cannot be shown")
+        raise VersionInvalid(f"{at}: base_model_name_or_path is another model {what}: set spec.baseModel to it")
     for field, value in config.items():
         if field in PLAIN_VALUES:
             plain = value in PLAIN_VALUES[field]

@@ -2,20 +2,22 @@
 
 Collecting takes two commands, so that whoever decides can look for references once more in between: `tombstone`
 declares versions dead, which readers obey, and `delete` deletes only what was declared dead; `restore` takes a
-declaration back. Every function here may be killed anywhere and called again.
+declaration back, where the deletion has not begun. Every function here may be killed anywhere and called again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from claas_store import uris
-from claas_store.errors import ArgumentInvalid, NotTombstoned, VersionCollected, VersionInvalid
-from claas_store.family import Family, Member, erase, read_family, read_member, read_uploads
+from claas_store.errors import ArgumentInvalid, NotTombstoned, VersionInvalid
+from claas_store.family import Family, Member, erase, lies_in, read_family, read_files, read_member, read_uploads
 from claas_store.stores import Store, open_store
 from claas_store.tombstone import TOMBSTONE, entomb, read_tombstone
+
+GRACE_SECONDS: Final = 86400.0  # more than a step may take
 
 
 def tombstone(uri: str, names: Sequence[str], why: str) -> list[str]:
@@ -32,22 +34,27 @@ def tombstone(uri: str, names: Sequence[str], why: str) -> list[str]:
     return list(names)
 
 
-def restore(uri: str, names: Sequence[str]) -> list[str]:
-    """Takes tombstones back, of versions that a reference to was found; gives their names.
+class Restored(NamedTuple):
+    """What became of tombstones that were to be taken back, by the versions' names."""
+
+    done: list[str]  # the version is as it was, or there is nothing at all
+    dead: list[str]  # its deletion has begun: the tombstone stays
+
+
+def restore(uri: str, names: Sequence[str]) -> Restored:
+    """Takes tombstones back, of versions that a reference to was found, as far as these are still there.
 
     Raises:
         UriInvalid: as `tombstone`.
-        VersionCollected: a version's deletion has begun. No tombstone was taken back.
         StorageUnavailable, StorageDenied: see `Store`.
     """
     store = open_store(uri)
-    members = [read_member(store, uris.beside(uri, name)) for name in names]
-    for member in members:
-        if member.tombstone and not member.exists:
-            raise VersionCollected(f"{member.uri} was collected at {member.tombstone.at}: it cannot come back")
-    for member in members:
-        store.delete(uris.join(member.uri, TOMBSTONE))
-    return list(names)
+    members = {name: read_member(store, uris.beside(uri, name)) for name in names}
+    dead = [name for name, member in members.items() if member.is_dead]
+    done = [name for name in members if name not in dead]
+    for name in done:
+        store.delete(uris.join(members[name].uri, TOMBSTONE))
+    return Restored(done, dead)
 
 
 def delete(uri: str, names: Sequence[str]) -> list[str]:
@@ -61,10 +68,11 @@ def delete(uri: str, names: Sequence[str]) -> list[str]:
     store = open_store(uri)
     members = []
     for version in [uris.beside(uri, name) for name in names]:
-        entries = store.entries(version)
+        entries = read_files(store, version)
         if entries and read_tombstone(store, version) is None:
             raise NotTombstoned(f"{version} bears no tombstone, so it was not deleted: run tombstone first")
-        members.append(Member(version, entries, read_uploads(store, version)))
+        uploads = [upload for upload in read_uploads(store, version) if lies_in(version, upload.uri)]
+        members.append(Member(version, entries, uploads))
     for member in members:
         erase(store, member, keep_tombstone=True)
     return list(names)
@@ -77,16 +85,22 @@ class Destroyed(NamedTuple):
     kept: list[str]  # beside it under such names, but others', or nobody can tell whose
 
 
-def destroy(uri: str, keep: Collection[str] = ()) -> Destroyed:
+def destroy(
+    uri: str, keep: Collection[str] = (), *, adapter_uid: str = "", grace_seconds: float = GRACE_SECONDS
+) -> Destroyed:
     """Deletes every version of the adapter at `uri`, its tombstones, and what its interrupted steps left behind.
 
-    Its versions are its first and those whose parents lead there. All get a tombstone before the first is deleted and
-    the youngest go first, so that the next call after a kill still knows what belongs to it. Interrupted steps have no
-    manifest to tell whose they are: they go unless another adapter's versions lie among them.
+    Its versions are its first and those that were made for it (`Family.own`). What a request made that names no adapter
+    stays, and so does what another adapter made of a version of this one; of their parents the tombstones stay, so that
+    the chain can still be verified. All get a tombstone before the first is deleted and the youngest go first, so that
+    the next call after a kill still knows what belongs to it. Interrupted steps have no manifest to tell whose they
+    are, or whether they still run: they go after the grace time, unless another adapter's versions lie among them.
 
     Args:
-        keep: names of versions that stay, because others begin there. Of their parents the tombstones stay, so that
-            the chain can still be verified.
+        keep: names of versions that stay too, because others begin there.
+        adapter_uid: the LoraAdapter's. Without it a version is its own that was made for any adapter and whose parents
+            lead to its first.
+        grace_seconds: more than a step may take. What has no manifest and is younger stays.
 
     Raises:
         VersionInvalid: the first version's manifest cannot be read. Nothing was deleted.
@@ -99,14 +113,12 @@ def destroy(uri: str, keep: Collection[str] = ()) -> Destroyed:
         raise VersionInvalid(family.root.problem)
     for name in keep:
         uris.beside(uri, name)
-    own = [member for member in family.own() if member.name not in keep]
-    own.sort(key=lambda member: (-len(list(family.ancestors(member))), member.name))
-    named = {parent for name in keep if name in family.members for parent in family.ancestors(family.members[name])}
+    own = [member for member in family.own(adapter_uid) if member.name not in keep]
+    own = family.youngest_first(own)
     doomed = {member.name for member in own}
-    others = [member for member in family.members.values() if member.name not in doomed.union(keep)]
-    leftovers = [member for member in others if member.interrupted and uris.is_step_output(member.uri)]
-    if any(not member.interrupted for member in others):
-        leftovers = []
+    staying = [member for member in family.members.values() if member.name not in doomed]
+    named = family.parents_of(staying)
+    leftovers = _leftovers(store, [member for member in staying if member.name not in keep], grace_seconds)
     for member in own:
         if member.exists and member.tombstone is None:
             entomb(store, member.uri, "the adapter is deleted")
@@ -114,6 +126,15 @@ def destroy(uri: str, keep: Collection[str] = ()) -> Destroyed:
         erase(store, member, keep_tombstone=member.uri in named)
     gone = doomed | {member.name for member in leftovers}
     return Destroyed(sorted(gone), sorted(family.members.keys() - gone))
+
+
+def _leftovers(store: Store, others: Sequence[Member], grace_seconds: float) -> list[Member]:
+    """Of what is not the adapter's own, what its steps may have left behind, if nothing says that it is another's."""
+    if any(member.problem or (member.manifest is not None and not member.is_bare) for member in others):
+        return []
+    before = datetime.now(UTC) - timedelta(seconds=grace_seconds)
+    nameless = [member for member in others if member.manifest is None and uris.is_step_output(member.uri)]
+    return [member for member in nameless if _is_dead(store, member, before)]
 
 
 class Swept(NamedTuple):
@@ -125,7 +146,14 @@ class Swept(NamedTuple):
     kept: int = 0  # such as these, but younger than the grace time, or a parent of a version that stays
 
 
-def sweep(uri: str, known: Collection[str], grace_seconds: float, *, adapter_uid: str = "") -> Swept:
+def sweep(
+    uri: str,
+    known: Collection[str],
+    grace_seconds: float,
+    *,
+    adapter_uid: str = "",
+    unended: Collection[str] = (),
+) -> Swept:
     """Removes what killed processes left beside the adapter at `uri` more than `grace_seconds` ago.
 
     - Interrupted uploads: folders of steps without a manifest, unfinished multipart uploads, deletions that were
@@ -139,6 +167,8 @@ def sweep(uri: str, known: Collection[str], grace_seconds: float, *, adapter_uid
         known: names of the versions that the adapter's status names.
         grace_seconds: more than a step may take, or a running step's files are taken for a dead one's.
         adapter_uid: the adapter's. Without it, the uid that its known versions carry.
+        unended: uids of requests that have not ended. Whatever they made stays, however old: the next attempt looks for
+            it, and a status that names it may not be written yet.
 
     Raises:
         ArgumentInvalid: nothing is known, which would make every version an orphan.
@@ -154,12 +184,15 @@ def sweep(uri: str, known: Collection[str], grace_seconds: float, *, adapter_uid
     store = open_store(uri)
     family = read_family(store, uri)
     makers = _makers(family, known, adapter_uid)
-    orphans = _orphans(family, known, makers, before)
+    needed = {name for name, member in family.members.items() if member.is_of(unended)}
+    orphans = _orphans(family, {*known, *needed}, makers, before)
     count = dict.fromkeys(Swept._fields, 0)
     for member in family.members.values():
         if member.name in orphans:
             erase(store, member, keep_tombstone=False)
             count["orphans"] += 1
+        elif member.name in needed:
+            count["kept"] += _is_leftover(member) or _is_orphan(member, known, makers) or bool(member.uploads)
         elif _is_leftover(member) and _is_dead(store, member, before):
             erase(store, member, keep_tombstone=True)
             count["interrupted"] += 1
@@ -194,12 +227,13 @@ def _orphans(family: Family, known: Collection[str], makers: Collection[str], be
     if any(one.problem for one in members.values()):
         return set()  # whoever cannot be read may have any parent
     orphans = {name for name, one in members.items() if _is_orphan(one, known, makers) and one.newest <= before}
-    while True:
-        needed = {one.parent_uri for name, one in members.items() if name not in orphans}
-        kept = {name for name in orphans if members[name].uri in needed}
-        if not kept:
-            return orphans
-        orphans -= kept
+    names = {members[name].uri: name for name in orphans}
+    staying = [one for name, one in members.items() if name not in orphans]
+    while staying:
+        parent = names.pop(staying.pop().parent_uri or "", None)
+        if parent is not None:
+            staying.append(members[parent])
+    return set(names.values())
 
 
 def _makers(family: Family, known: Collection[str], adapter_uid: str) -> set[str]:

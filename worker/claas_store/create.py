@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from claas_crds.adapter import Lora
 from claas_store import uris
-from claas_store.checks import ADAPTER, PREFIX, check_config, check_patterns, check_tensors, expected_shapes
+from claas_store.checks import ADAPTER, PREFIX, check_config, check_patterns, check_tensors, expected_shapes, shown
 from claas_store.errors import AlreadyExists, ArgumentInvalid, NotFound, Occupied, VersionInvalid
 from claas_store.limits import MAX_HEADER_BYTES
 from claas_store.stores import Store, open_store
@@ -38,6 +38,8 @@ from claas_store.version import (
     read_peft_folder,
     read_version,
 )
+
+MAX_NAMES = 16  # of a file, in a message
 
 _INDEX = "model.safetensors.index.json"
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings")
@@ -104,12 +106,12 @@ def init_adapter(
     if uri == source_uri:
         if found is None:
             adopt_folder(uri, manifest, check, max_bytes=largest)
-        adopted = read_version(uri)
+        adopted = read_version(uri, max_bytes=largest)
         check(uri, adopted.config, adopted.tensors)
         return adopted
     optimizer: OptimizerState | None = None
     if found:
-        source = read_version(source_uri)
+        source = read_version(source_uri, max_bytes=largest)
         config, tensors, optimizer, digest = source.config, source.tensors, source.optimizer, source.manifest_sha256
     else:
         config, tensors, digest = read_peft_folder(source_uri, max_bytes=largest)
@@ -270,8 +272,11 @@ def _check_fits(uri: str, config: dict[str, Any], base_model: str, wanted_base_m
     """What the LoraAdapter says of itself must be true of what it starts from."""
     check_patterns(uri, config)
     if base_model and base_model != wanted_base_model:
-        raise VersionInvalid(f"{uri} belongs to the base model {base_model[:253]}: set spec.baseModel to it")
+        named = shown(base_model, "with a name that cannot be shown")
+        raise VersionInvalid(f"{uri} belongs to the base model {named}: set spec.baseModel to it")
     found = (config["r"], float(config["lora_alpha"]), sorted(config["target_modules"]))
     if found != (lora.r, lora.alpha, sorted(lora.target_modules)):
-        shown = f"r {found[0]}, alpha {found[1]:g} and targetModules {', '.join(found[2])[:400]}"
-        raise VersionInvalid(f"{uri} has {shown}: set spec.lora to these")
+        targets = ", ".join(shown(target) for target in found[2][:MAX_NAMES])
+        more = f" and {len(found[2]) - MAX_NAMES} more" if len(found[2]) > MAX_NAMES else ""
+        what = f"r {found[0]}, alpha {found[1]:g} and targetModules {targets}{more}"
+        raise VersionInvalid(f"{uri} has {what}: set spec.lora to these")

@@ -20,7 +20,7 @@ from claas_store.checks import ADAPTER
 from claas_store.errors import NotFound, StorageDenied, TooLarge, UriInvalid
 from claas_store.family import Family, Member, read_family, read_member
 from claas_store.stores import open_store
-from claas_store.tombstone import TOMBSTONE
+from claas_store.tombstone import MANIFEST, TOMBSTONE
 from claas_store.version import FileDigest, ParentVersion
 
 
@@ -74,45 +74,54 @@ def fsck(uri: str, *, everything: bool | None = None, known: Collection[str] | N
     """Checks a version and the chain of its parents, or all versions beside an adapter's uri and their chains.
 
     Args:
-        everything: all versions beside `uri`; by default where its name has no suffix of ours, as an adapter's own.
-        known: names of the versions that the adapter's status names; others are reported as orphaned.
+        everything: all versions beside `uri`; by default where its name has no suffix of ours, as an adapter's own, or
+            where `known` says that an adapter begins there.
+        known: names of the versions that the adapter's status names; others are reported as orphaned. Each must be
+            there with its manifest, or bear a tombstone.
 
     Raises:
-        UriInvalid: `uri` is none.
+        UriInvalid: `uri` is none, or a known name is none of a version of the adapter there.
         StorageUnavailable, StorageDenied: the store does not answer, or not for `uri`.
     """
     uri = uris.normalise(uri)
-    check = _Check(uri)
+    known_uris = frozenset(uris.beside(uri, name) for name in known or ())
+    check = _Check(uri, known_uris)
     if everything is None:
-        everything = not uris.is_step_output(uri)
+        everything = known is not None or not uris.is_step_output(uri)
     if everything:
         family = read_family(open_store(uri), uri)
         check.beside(family, known)
     else:
         check.chain(read_member(open_store(uri), uri))
+        for one in sorted(known_uris):
+            check.chain(read_member(open_store(one), one))
     return check.report
 
 
 class _Check:
     """One run: each version is looked at once, however many chains lead through it."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, known: Collection[str] = ()) -> None:
         self.report = Report(uri=uri)
+        self._known = known  # uris that the adapter's status names
         self._seen: dict[str, Member] = {}
 
     def beside(self, family: Family, known: Collection[str] | None) -> None:
         """All versions of a family, and where each belongs."""
         if family.root is None:
             self._found(Kind.MISSING, family.uri, "nothing lies there")
-        own = {member.uri for member in family.own()}
+        for uri in sorted(self._known):
+            if uri != family.uri and uris.version_name(uri) not in family.members:
+                self._found(Kind.MISSING, uri, "the adapter's status names it; it is not there, and was not collected")
+        chained = {member.uri for member in family.chained()}
         for member in family.members.values():
             if member.uploads:
                 self._found(Kind.INTERRUPTED, member.uri, f"{len(member.uploads)} uploads were begun and not finished")
-            if member.entries:
+            if member.entries or member.uri in self._known:
                 self.chain(member)
             if not member.exists or member.is_first or member.problem:
                 continue
-            if member.uri not in own:
+            if member.uri not in chained:
                 self._found(Kind.ORPHANED, member.uri, f"its parents do not lead to {family.uri}")
             elif known is not None and member.name not in known and member.tombstone is None:
                 self._found(Kind.ORPHANED, member.uri, "the adapter's status does not name it")
@@ -177,14 +186,16 @@ class _Check:
         elif member.exists and member.manifest is not None:
             self.report.versions += 1
             if stone is not None:
-                self._found(Kind.COLLECTING, member.uri, f"since {stone.at} ({stone.why})")
+                self._found(Kind.COLLECTING, member.uri, f"since {stone.since}")
             for name, known in member.manifest.files.items():
                 self._file(member, name, known)
         elif stone is not None:
             self.report.versions += 1
             left = [entry for entry in member.entries if not entry.uri.endswith(f"/{TOMBSTONE}")]
             end = f"; {len(left)} files are left of a deletion that was killed" if left else ""
-            self._found(Kind.COLLECTED, member.uri, f"at {stone.at} ({stone.why}){end}")
+            self._found(Kind.COLLECTED, member.uri, f"at {stone.since}{end}")
+        elif member.entries and member.uri in self._known:
+            self._found(Kind.BROKEN, member.uri, f"the adapter's status names it, and it has no {MANIFEST}")
         elif not member.entries:
             self._found(Kind.MISSING, member.uri, "nothing lies there")
         elif uris.is_step_output(member.uri):

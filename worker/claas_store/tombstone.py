@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from datetime import UTC, datetime
 from typing import Final, Literal
@@ -17,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from claas_crds.model import StatusModel
 from claas_store import uris
-from claas_store.errors import AlreadyExists, NotFound, VersionCollected, VersionInvalid
+from claas_store.errors import AlreadyExists, NotFound, TooLarge, VersionCollected, VersionInvalid
 from claas_store.limits import MAX_MANIFEST_BYTES, MAX_TOMBSTONE_BYTES
 from claas_store.stores import Store
 
@@ -25,6 +26,8 @@ TOMBSTONE: Final = "claas.tombstone.json"
 MANIFEST: Final = "claas.json"
 WAIT_SECONDS = 5.0  # a reader waits for so long: a collection that finds a reference takes its tombstones back
 POLL_SECONDS = 0.5
+
+_PLAIN = re.compile(r"[A-Za-z0-9 ,.:_+-]*")
 
 
 class Tombstone(StatusModel):
@@ -34,6 +37,14 @@ class Tombstone(StatusModel):
     at: str = Field("", max_length=40, description="RFC 3339, UTC.")
     why: str = Field("", max_length=253)
     manifest: str = Field("", description="The text of the version's claas.json; empty where it could not be read.")
+
+    @property
+    def since(self) -> str:
+        """When and why, as a message may hold it."""
+        parts = [
+            part if _PLAIN.fullmatch(part) else "in words that cannot be shown" for part in (self.at, self.why) if part
+        ]
+        return ": ".join(parts)
 
     @property
     def manifest_sha256(self) -> str:
@@ -61,16 +72,18 @@ def read_tombstone(store: Store, uri: str) -> Tombstone | None:
 def entomb(store: Store, uri: str, why: str) -> None:
     """Gives the version at `uri` its tombstone; it may have one, and what is not there at all needs none.
 
+    A damaged version, whose manifest is gone or is none, gets one that quotes nothing.
+
     Raises:
-        TooLarge, StorageUnavailable, StorageDenied: see `Store`.
+        StorageUnavailable, StorageDenied: see `Store`.
     """
     try:
-        manifest = store.get(uris.join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
+        text = store.get(uris.join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES).decode()
     except NotFound:
-        return
-    try:
-        text = manifest.decode()
-    except UnicodeDecodeError:  # never ours; its digest could not be kept either
+        if not any("/" not in found.removeprefix(uri) for found, _ in store.list(uri)):
+            return
+        text = ""
+    except (TooLarge, UnicodeDecodeError):  # never ours
         text = ""
     stone = Tombstone(at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"), why=why, manifest=text)
     data = json.dumps(stone.model_dump(by_alias=True, mode="json"), indent=2, ensure_ascii=False).encode() + b"\n"
@@ -90,8 +103,7 @@ def refuse_collected(store: Store, uri: str) -> None:
     end = time.monotonic() + WAIT_SECONDS
     while stone := read_tombstone(store, uri):
         if time.monotonic() >= end or not _exists(store, uri):
-            since = f"{stone.at}: {stone.why}" if stone.why else stone.at
-            raise VersionCollected(f"{uri} is collected (since {since}): name a later version")
+            raise VersionCollected(f"{uri} is collected (since {stone.since}): name a later version")
         time.sleep(POLL_SECONDS)
 
 

@@ -17,10 +17,11 @@ from typing import Literal
 from claas_store.errors import UriInvalid
 
 MAX_URI_CHARACTERS = 1024
+MAX_URI_BYTES = 3072  # with which an answer of an operation is still whole; an object store takes no more than 1,100
 MAX_SEGMENT_BYTES = 255  # what a file system takes
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_OWN_SUFFIX = re.compile(r"(?P<base>.+)-\d{8}-\d{6}-[0-9a-f]{8}(-a([2-9]|[1-9]\d+))?", re.ASCII | re.DOTALL)
+_OWN_SUFFIX = re.compile(r"(?P<base>.+)-\d{8}-\d{6}-(?P<uid>[0-9a-f]{8})(-a([2-9]|[1-9]\d+))?", re.ASCII | re.DOTALL)
 _UID = re.compile(r"[0-9a-f]{8}")
 
 
@@ -57,6 +58,8 @@ def parse(uri: str) -> Location:
     shown = repr(uri[:200])
     if len(uri) > MAX_URI_CHARACTERS:
         raise UriInvalid(f"{shown}… is longer than {MAX_URI_CHARACTERS} characters")
+    if len(uri.encode(errors="replace")) > MAX_URI_BYTES:
+        raise UriInvalid(f"{shown}… is longer than {MAX_URI_BYTES} bytes")
     scheme, separator, rest = uri.partition("://")
     bucket, _, path = rest.partition("/")
     if scheme == "s3" and separator:
@@ -105,6 +108,12 @@ def version_name(uri: str) -> str:
 def is_step_output(uri: str) -> bool:
     """Whether the name ends in the suffix that `next_version_uri` gives."""
     return _OWN_SUFFIX.fullmatch(version_name(uri)) is not None
+
+
+def request_of(name: str) -> str:
+    """The first 8 characters of the uid of the request that a version of this name was made by; empty for a first."""
+    own = _OWN_SUFFIX.fullmatch(name)
+    return own["uid"] if own else ""
 
 
 def next_version_uri(parent_uri: str, request_created: str, request_uid: str, attempt: int) -> str:

@@ -88,7 +88,9 @@ class Manifest(StatusModel):
     base_model: str = Field(max_length=253)
     parent: ParentVersion | None = Field(None, description="Absent for an adapter's first version.")
     adapter_uid: str = Field(
-        "", max_length=64, description="The LoraAdapter that it was made for; empty for a request that names none."
+        "",
+        max_length=64,
+        description="The LoraAdapter that it was made for; empty: a request that names none; absent: an early release.",
     )
     request_uid: str = Field("", max_length=64, description="Of a later one: the DistillRequest that made it.")
     attempt: int = Field(1, ge=1)
@@ -99,6 +101,11 @@ class Manifest(StatusModel):
     template_id: str = Field("", max_length=64)
     code_version: str = Field("", max_length=64)
     created_at: str = Field("", max_length=40, description="RFC 3339, UTC.")
+
+    @property
+    def says_for_whom(self) -> bool:
+        """Whether it has an `adapterUid`, be it empty; manifests of an early release have none."""
+        return "adapter_uid" in self.model_fields_set
 
 
 @dataclass(frozen=True)
@@ -125,13 +132,14 @@ class Version:
 
 
 def read_version(uri: str, *, adopt: bool = False, base_model: str = "", max_bytes: int = MAX_ADAPTER_BYTES) -> Version:
-    """Reads a version and checks every byte of it against its manifest.
+    """Reads a version and checks every byte of it against its manifest. Other files that it may list are not read.
 
     Args:
         adopt: a PEFT folder of somebody else's gets a manifest and is a version from then on. What a killed step left
             behind is never adopted.
         base_model: for the manifest of an adopted folder; by default what its config names.
-        max_bytes: of the adapter file, and twice of its optimizer state; larger ones are not read.
+        max_bytes: of the adapter file, and twice of its optimizer state; larger ones are not read. With the config,
+            which has its own bound, that is all: at most 3 * max_bytes + MAX_CONFIG_BYTES.
 
     Raises:
         NotFound: no manifest (the version does not exist), or a listed file is missing.
@@ -148,12 +156,14 @@ def read_version(uri: str, *, adopt: bool = False, base_model: str = "", max_byt
             raise NotFound(f"{uri} is no version: it has no {MANIFEST} (a version without a manifest does not exist)")
         found = adopt_folder(uri, Manifest(base_model=base_model), _check_foreign, max_bytes=max_bytes)
     manifest, digest = found
+    # Only what a version is made of: another name in a manifest is a later release's, or there to fill the memory.
+    listed = {name: manifest.files[name] for name in _BOUNDS if name in manifest.files}
     for name, most in ((ADAPTER, max_bytes), (OPTIMIZER, 2 * max_bytes)):
-        if name in manifest.files and manifest.files[name].size > most:
-            raise VersionInvalid(f"{uri}: {name} has {manifest.files[name].size} bytes, at most {most} are read here")
-    with ThreadPoolExecutor(len(manifest.files) + 1) as threads:
+        if name in listed and listed[name].size > most:
+            raise VersionInvalid(f"{uri}: {name} has {listed[name].size} bytes, at most {most} are read here")
+    with ThreadPoolExecutor(len(listed) + 1) as threads:
         dying = threads.submit(read_tombstone, store, uri)
-        reads = {name: threads.submit(_read_file, store, uri, name, known) for name, known in manifest.files.items()}
+        reads = {name: threads.submit(_read_file, store, uri, name, known) for name, known in listed.items()}
         try:
             files = {name: read.result() for name, read in reads.items()}
         except NotFound:
@@ -314,7 +324,7 @@ def parse_config(data: bytes, uri: str) -> dict[str, Any]:
     """
     config = _parse_json(data, f"{uri}: {CONFIG}")
     if config.get("peft_type") != "LORA":
-        raise VersionInvalid(f"{uri}: {CONFIG}: peft_type must be LORA, is {str(config.get('peft_type'))[:32]!r}")
+        raise VersionInvalid(f"{uri}: {CONFIG}: peft_type must be LORA, is {shown(config.get('peft_type'), 'none')}")
     rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
         raise VersionInvalid(f"{uri}: {CONFIG}: r must be a whole number from 1 to {MAX_RANK}")
@@ -388,8 +398,8 @@ def parse_manifest(data: bytes, what: str) -> tuple[Manifest, str]:
     try:
         manifest = Manifest.model_validate(_parse_json(data, what))
     except ValidationError as error:
-        fields = ", ".join(sorted({".".join(map(str, problem["loc"][:2])) or "." for problem in error.errors()})[:5])
-        raise VersionInvalid(f"{what} does not fit its schema: {fields[:200]}") from None
+        fields = sorted({_field(problem["loc"]) for problem in error.errors()})
+        raise VersionInvalid(f"{what} does not fit its schema: {', '.join(fields[:5])[:400]}") from None
     for name in (CONFIG, ADAPTER):
         if name not in manifest.files:
             raise VersionInvalid(f"{what} lists no {name}")
@@ -397,6 +407,11 @@ def parse_manifest(data: bytes, what: str) -> tuple[Manifest, str]:
         if name in manifest.files and manifest.files[name].size > bound:
             raise VersionInvalid(f"{what}: {name} has {manifest.files[name].size} bytes, at most {bound} are read")
     return manifest, _sha256(data)
+
+
+def _field(path: tuple[int | str, ...]) -> str:
+    """Where in a manifest: the first two steps, of which the second may be a key that the file made up."""
+    return ".".join(shown(str(part)) for part in path[:2]) or "."
 
 
 def _read_file(store: Store, uri: str, name: str, known: FileDigest) -> bytes:
@@ -461,8 +476,8 @@ def _parse_safetensors(data: bytes, what: str) -> dict[str, NDArray[np.float32]]
     _check_header(data, what)
     try:
         parts = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
-        raise VersionInvalid(f"{what} is not a safetensors file ({str(error)[:120]})") from None
+    except safetensors.SafetensorError:  # whose words may quote the file
+        raise VersionInvalid(f"{what} is not a safetensors file") from None
     tensors = {}
     for name, part in sorted(parts, key=lambda part: part[0]):  # as it comes, the order is a hash table's
         match part["dtype"]:
