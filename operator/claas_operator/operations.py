@@ -96,6 +96,10 @@ class Desk:
         stem = f"{operation_stem(self.settings, operation, self.adapter.uid)}-"
         return any(not pod.over for job, pods in self.pods.items() if job.startswith(stem) for pod in pods)
 
+    def at_work(self, operation: str) -> bool:
+        """Whether an operation runs, or a Pod of it may still be at it: what it undoes has to wait."""
+        return self.running(operation) is not None or self.lingers(operation)
+
     def trouble(self, operation: str) -> str:
         """Why the latest Job of an operation does not start, or has failed; empty while all is well."""
         latest = self.of(operation)[-1:]

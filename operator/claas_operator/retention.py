@@ -47,7 +47,9 @@ def plan_collection(desk: Desk, references: Callable[[], References]) -> Iterato
 
 
 def _delete(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
-    """A tombstone first, then the end."""
+    """A tombstone first, then the end; neither while something may still take tombstones off."""
+    if desk.at_work("restore"):
+        return
     marked, restored = desk.done_at("tombstone"), desk.done_at("restore")
     unmarked = [v for v in versions if v not in marked or (v in restored and restored[v] >= marked[v])]
     if unmarked:
@@ -70,7 +72,7 @@ def _delete(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
 
 def _give_back(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
     """What somebody turned out to need loses its tombstone, and is collected no more."""
-    if not versions or desk.running("tombstone") is not None or desk.running("delete") is not None:
+    if not versions or desk.at_work("tombstone") or desk.at_work("delete"):
         return
     marked, restored = desk.done_at("tombstone"), desk.done_at("restore")
     back = [v for v in versions if v in restored and (v not in marked or marked[v] <= restored[v])]

@@ -571,6 +571,30 @@ def test_what_was_needed_at_the_last_look_is_given_back_and_the_rest_goes() -> N
     assert mark.about.endswith("-mark-uidcoder-2"), "the tombstone of the first time is gone"
 
 
+def at_it(operation: str, counter: int = 1) -> Raw:
+    """A Pod that still runs, whatever became of its Job."""
+    return answer_pod(create_job(operation, counter)["metadata"]["name"], "", "Running")
+
+
+@pytest.mark.parametrize("busy", [[create_job("restore")], [at_it("restore")]])
+@pytest.mark.parametrize("marked", [True, False])
+def test_nothing_is_marked_or_deleted_while_tombstones_may_still_be_taken_off(busy: list[Raw], marked: bool) -> None:
+    """Or a fork that came and went would leave a version half deleted that says it is alive."""
+    going = trained("v0", "v1", "v2", "v3", spec=KEEP_TWO, collecting=["v0"])
+    before = answered("tombstone", {"ok": True, "done": ["v0"]}) if marked else []
+    assert not about(decide(going, *before, *busy, at=5), StartJob)
+    assert about(decide(going, *before, at=5), StartJob)
+
+
+@pytest.mark.parametrize("operation", ["tombstone", "delete"])
+def test_nothing_is_given_back_while_a_pod_may_still_mark_or_delete_it(operation: str) -> None:
+    going = trained("v0", "v1", "v2", "v3", spec=KEEP_TWO, collecting=["v0"])
+    fork = adapter("fork", spec={"initFrom": {"uri": uri("v0")}})
+    assert not about(decide(going, fork, at_it(operation)), StartJob)
+    (restore,) = about(decide(going, fork), StartJob)
+    assert restore.about.endswith("-restore-uidcoder-1")
+
+
 def test_a_store_that_refuses_deletions_is_not_asked_in_a_hot_loop() -> None:
     going = trained("v0", "v1", "v2", spec=KEEP_TWO, collecting=["v0"])
     denied = answered("tombstone", {"ok": False, "reason": "StorageDenied", "message": "403", "retryable": False})
