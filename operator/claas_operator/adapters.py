@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from claas_crds.adapter import HistoryEntry
@@ -50,12 +50,8 @@ def _refuses_source(adapter: Adapter, settings: Settings) -> tuple[Reason, str] 
     return Reason.STORAGE_DENIED, may_not_fork("spec.initFrom.uri", settings, adapter.namespace)
 
 
-def plan_adapter(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
-    """What to do about one adapter; of two actions on the adapter itself the first is done, and the rest thought again.
-
-    Args:
-        references: who needs which version, found when first asked for.
-    """
+def plan_adapter(desk: Desk, references: References) -> Iterator[Action]:
+    """What to do about one adapter; of two actions on the adapter itself the first is done, and the rest thought again."""
     adapter = desk.adapter
     if adapter.active and _may_be_freed(adapter, desk.snapshot, desk.settings):
         holder_name = adapter.status.active.request_name if adapter.status.active else ""

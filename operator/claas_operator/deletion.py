@@ -7,7 +7,7 @@ goes. It goes as well when that takes too long, or when the policy is changed to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Final
 
@@ -41,7 +41,7 @@ def _finalize(desk: Desk, held_back: bool, note: Note | None = None) -> Finalize
     )
 
 
-def plan_deletion(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+def plan_deletion(desk: Desk, references: References) -> Iterator[Action]:
     """What to do about an adapter that was deleted."""
     adapter, now = desk.adapter, desk.now
     if not adapter.held_back or adapter.deleting is None:
@@ -67,7 +67,7 @@ def plan_deletion(desk: Desk, references: Callable[[], References]) -> Iterator[
         if creating is not None and adapter.status.head_seq and creating.deleting is None:
             yield StopJob(job=creating)  # one too many: it must not write the first version once more
         elif not adapter.active and creating is None and not desk.lingers("create"):
-            yield from _destroy(desk, root, references())
+            yield from _destroy(desk, root, references)
 
 
 def _destroy(desk: Desk, root: str, references: References) -> Iterator[Action]:

@@ -10,7 +10,6 @@ Reads top to bottom: one request, then who gets a worker, then adapters and Pods
 from __future__ import annotations
 
 import contextlib
-import functools
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -118,7 +117,7 @@ class _Planner:
         self.then += start_workers(self.snapshot, self.settings, fleet, self.waiting, self.now, self.wake)
         self._say_no_capacity(fleet)
         operations = Registry(self.snapshot.jobs.values(), self.snapshot.pods.values())
-        references = functools.cache(lambda: References.of(self.snapshot))
+        references = References(self.snapshot.named, self.settings)
         for adapter in self.snapshot.adapters.values():
             if adapter.uid in self.snapshot.in_flight:
                 continue

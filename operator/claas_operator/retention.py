@@ -7,7 +7,7 @@ again, live, and what nobody needs is deleted. What somebody began to need in be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -29,7 +29,7 @@ MAX_KNOWN_CHARACTERS: Final = 120_000
 PATIENCE: Final = 10.0
 
 
-def plan_collection(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+def plan_collection(desk: Desk, references: References) -> Iterator[Action]:
     """The next step of deleting what `spec.retention` does not keep."""
     adapter, collecting = desk.adapter, desk.adapter.status.collecting
     if adapter.spec is None:
@@ -41,7 +41,7 @@ def plan_collection(desk: Desk, references: Callable[[], References]) -> Iterato
     elif not collecting:
         yield from _begin(desk, references)
     else:
-        needed = [name for name in collecting if references().needed(beside(root, name), adapter)]
+        needed = [name for name in collecting if references.needed(beside(root, name), adapter)]
         yield from _delete(desk, root, [name for name in collecting if name not in needed])
         yield from _give_back(desk, root, needed)
 
@@ -84,7 +84,7 @@ def _give_back(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Actio
         yield start
 
 
-def _begin(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+def _begin(desk: Desk, references: References) -> Iterator[Action]:
     adapter, history = desk.adapter, desk.adapter.status.history
     if adapter.spec is None or len(history) <= adapter.spec.retention.keep_last:
         return
@@ -95,7 +95,7 @@ def _begin(desk: Desk, references: Callable[[], References]) -> Iterator[Action]
         desk.wake(due_at)
         return
     root = adapter.spec.storage.uri
-    going = _batch([name for name in surplus if not references().needed(beside(root, name), adapter)])
+    going = _batch([name for name in surplus if not references.needed(beside(root, name), adapter)])
     if going:
         yield Collect(adapter=adapter, versions=tuple(going), status=status.collecting(adapter, going, desk.now))
 
@@ -149,7 +149,7 @@ def _tell(desk: Desk, trouble: str) -> Iterator[Action]:
 # Orphans
 
 
-def plan_sweep(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+def plan_sweep(desk: Desk, references: References) -> Iterator[Action]:
     """Once in a while a Job looks beside the adapter for interrupted uploads and for versions that nobody names."""
     adapter, timings = desk.adapter, desk.settings.timings
     interval = timedelta(seconds=timings.sweep_seconds)
@@ -165,7 +165,7 @@ def plan_sweep(desk: Desk, references: Callable[[], References]) -> Iterator[Act
         answer = desk.answers("sweep").get(latest[0].name)
         note = _swept(adapter, answer) if answer and answer.ok else None
         yield Describe(adapter=adapter, status=status.swept(adapter, desk.now + interval, desk.now), note=note)
-    elif known := _known(adapter, references()):
+    elif known := _known(adapter, references):
         arguments = [
             "sweep",
             *("--root", adapter.spec.storage.uri),

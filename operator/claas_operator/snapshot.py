@@ -22,6 +22,7 @@ from claas_crds.adapter import LoraAdapterSpec, LoraAdapterStatus
 from claas_crds.model import Condition, explain, refusal
 from claas_crds.reasons import ConditionType, Outcome, Reason
 from claas_crds.request import DistillRequestSpec, DistillRequestStatus, Result
+from claas_operator.references import Index
 
 Raw = Mapping[str, Any]
 
@@ -270,6 +271,8 @@ class Snapshot:
     queues: dict[tuple[str, str], list[Request]] = field(default_factory=dict)
     expiring: dict[str, Request] = field(default_factory=dict)
     served: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    # Who names which version.
+    named: Index = field(default_factory=Index)
     _by_name: dict[tuple[Kind, str, str], str] = field(default_factory=dict)
 
     def table(self, kind: Kind) -> dict[str, Any]:
@@ -367,16 +370,22 @@ class Snapshot:
             if entry.ended is None:
                 queue = self.queues.setdefault((entry.namespace, entry.adapter_name), [])
                 bisect.insort(queue, entry, key=_order)
+                self.named.put_request(entry)
             elif entry.ttl is not None:
                 self.expiring[entry.uid] = entry
+        elif isinstance(entry, Adapter):
+            self.named.put_adapter(entry)
         elif isinstance(entry, Lease):
             for uid in entry.running:
                 if uid not in self.requests:
                     self.strangers.setdefault(uid, now)
 
     def _unindex(self, entry: AnyEntry) -> None:
+        if isinstance(entry, Adapter):
+            self.named.remove(entry.uid)
         if not isinstance(entry, Request):
             return
+        self.named.remove(entry.uid)
         self.expiring.pop(entry.uid, None)
         if entry.worker:
             served = self.served[entry.worker]

@@ -518,6 +518,40 @@ def test_what_anybody_needs_is_not_collected(needs: Raw, kept: str) -> None:
     assert set(collect.versions) == {"v0", "v1", "v2"} - {kept}
 
 
+def mallory(spec: Raw) -> Raw:
+    """An object of another tenant, which may not read what is ours; `spec` names it all the same."""
+    return adapter("mallory", namespace="mallory", head=0, spec=spec)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        mallory({"initFrom": {"uri": uri("v1")}}),
+        mallory({"storage": {"uri": uri("v1")}}),
+        request("r", "", namespace="mallory", spec={"loraUri": uri("v1")}),
+    ],
+)
+def test_nobody_holds_another_tenant_s_versions_by_an_object_that_is_refused(refused: Raw) -> None:
+    many = trained("v0", "v1", "v2", "v3", "v4", spec=KEEP_TWO)
+    (collect,) = about(decide(many, refused, at=60), Collect)
+    assert isinstance(collect, Collect)
+    assert collect.versions == ("v0", "v1", "v2")
+
+
+def test_nobody_keeps_another_tenant_s_versions_from_being_deleted_with_their_adapter() -> None:
+    (start,) = about(decide(held_back(deleted=True), mallory({"storage": {"uri": uri("coder")}})), StartDeletion)
+    assert isinstance(start, StartDeletion)
+    assert not start.kept
+
+
+def test_a_fork_that_is_allowed_holds_its_source_before_it_was_made() -> None:
+    many = trained("v0", "v1", "v2", "v3", "v4", spec=KEEP_TWO)
+    lent = settings(storage=OTHERS | {"forkPrefixes": [{"namespace": "mallory", "uri": PREFIX}]})
+    (collect,) = about(decide(many, mallory({"initFrom": {"uri": uri("v1")}}), at=60, using=lent), Collect)
+    assert isinstance(collect, Collect)
+    assert collect.versions == ("v0", "v2")
+
+
 def test_the_target_of_a_rollback_that_waits_is_not_collected() -> None:
     waiting = trained("v0", "v1", "v2", "v3", spec=KEEP_TWO | {"rollbackTo": "v0"}, generation=2, active=active("r"))
     told = after(waiting, about(decide(waiting, request("r"), at=60), Describe)[0])
