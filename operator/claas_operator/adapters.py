@@ -51,7 +51,7 @@ def _refuses_source(adapter: Adapter, settings: Settings) -> tuple[Reason, str] 
 
 
 def plan_adapter(desk: Desk, references: References) -> Iterator[Action]:
-    """What to do about one adapter; of two actions on the adapter itself the first is done, and the rest thought again."""
+    """What to do about one adapter; of two actions on the adapter itself the first is done, the rest thought again."""
     adapter = desk.adapter
     if adapter.active and _may_be_freed(adapter, desk.snapshot, desk.settings):
         holder_name = adapter.status.active.request_name if adapter.status.active else ""

@@ -273,6 +273,8 @@ class Apply:
         references = References(self._snapshot.named, self._settings)
         if any(references.needed(beside(action.root, name), live) for name in action.versions):
             raise Lost("somebody needs one of the versions")
+        if not action.versions and references.bare(action.root):
+            raise Lost("a request without an adapter trains one of the versions")
         if not action.versions and references.siblings(action.root, live) != action.kept:
             raise Lost("others need other versions beside the adapter's")
         await self._start(action)

@@ -335,7 +335,8 @@ def test_a_deleted_adapter_s_versions_go_by_a_job_and_then_it_goes() -> None:
     assert isinstance(start, StartDeletion)
     assert start.about == f"{HOME}/claas-destroy-uidcoder-1"
     arguments = start.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments == ["destroy", "--root", uri("coder")]
+    assert arguments[:3] == ["destroy", "--root", uri("coder")]
+    assert arguments[3:] == ["--adapter-uid", "uid-coder", "--grace-seconds", "86400"]
     (say,) = about(made, Describe)
     assert isinstance(say, Describe)
     assert condition(say.status, "Ready")["reason"] == Reason.DELETING
@@ -449,7 +450,49 @@ def test_others_keep_what_they_need_of_a_deleted_adapter() -> None:
     (start,) = about(decide(held_back(deleted=True), fork, other), StartDeletion)
     assert isinstance(start, StartDeletion)
     arguments = start.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments[-2:] == ["--keep", "coder-20260101-000000-0123abcd"], "a namesake's are none of its own"
+    assert arguments[3:5] == ["--keep", "coder-20260101-000000-0123abcd"], "a namesake's are none of its own"
+
+
+LATER_ONE = "coder-20260101-000000-0123abcd"
+
+
+@pytest.mark.parametrize(
+    "bare",
+    [
+        request("b", "", spec={"loraUri": uri(LATER_ONE)}),
+        request(
+            "b",
+            "",
+            spec={"loraUri": uri(LATER_ONE)},
+            status=bound(WORKER, adapter="") | {"parent": {"uri": uri(LATER_ONE)}} | claim(WORKER),
+        ),
+    ],
+)
+def test_a_deletion_waits_for_requests_that_train_a_version_without_the_adapter(bare: Raw) -> None:
+    deleted = held_back(deleted=True)
+    made = decide(deleted, bare, *workers(WORKER), at=1)
+    assert not about(made, StartJob)
+    (say,) = about(made, Describe)
+    assert isinstance(say, Describe)
+    assert "without an adapter still train" in condition(say.status, "Ready")["message"]
+    (left,) = about(decide(after(deleted, say), bare, *workers(WORKER), at=900), Finalize)
+    assert left.note is not None
+    assert "without an adapter still train" in left.note.message
+    elsewhere = request("b", "", namespace="mallory", spec={"loraUri": uri(LATER_ONE)})
+    assert about(decide(deleted, elsewhere), StartDeletion), "a request that is refused holds nothing up"
+
+
+def test_what_a_deletion_left_to_others_is_told() -> None:
+    (change,) = about(
+        decide(held_back(deleted=True), *answered("destroy", {"ok": True, "kept": [LATER_ONE]})), Finalize
+    )
+    assert isinstance(change, Finalize)
+    assert change.finalizers == ()
+    assert change.note is not None
+    assert change.note.reason == Reason.VERSIONS_LEFT
+    assert LATER_ONE in change.note.message
+    (silent,) = about(decide(held_back(deleted=True), *answered("destroy", {"ok": True, "kept": []})), Finalize)
+    assert silent.note is None
 
 
 def test_an_adapter_that_began_inside_another_s_versions_takes_none_of_them_along() -> None:
