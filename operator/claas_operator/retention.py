@@ -116,12 +116,18 @@ def _surplus(desk: Desk) -> list[str]:
     if adapter.spec is None:
         return []
     recent = list(dict.fromkeys(entry.version for entry in reversed(adapter.status.history)))
-    queue = desk.snapshot.queues.get((adapter.namespace, adapter.name), [])
-    unended = {adapter.active, *(request.uid for request in queue)} - {""}
+    unended = _unended(desk)
     kept = {adapter.status.version, adapter.rollback, *recent[: adapter.spec.retention.keep_last]}
     kept |= {*adapter.status.collecting}
     kept |= {entry.version for entry in adapter.status.history if entry.request_uid in unended}
     return [name for name in reversed(recent) if name not in kept]
+
+
+def _unended(desk: Desk) -> set[str]:
+    """Uids of the requests on the adapter that may still commit what they have made."""
+    adapter = desk.adapter
+    queue = desk.snapshot.queues.get((adapter.namespace, adapter.name), [])
+    return {adapter.active, *(request.uid for request in queue)} - {""}
 
 
 def _batch(versions: Sequence[str]) -> list[str]:
@@ -165,13 +171,17 @@ def plan_sweep(desk: Desk, references: References) -> Iterator[Action]:
         answer = desk.answers("sweep").get(latest[0].name)
         note = _swept(adapter, answer) if answer and answer.ok else None
         yield Describe(adapter=adapter, status=status.swept(adapter, desk.now + interval, desk.now), note=note)
-    elif known := _known(adapter, references):
+    elif desk.may_start("sweep", PATIENCE) and (known := _known(adapter, references)):
+        unended = ",".join(sorted(_unended(desk) | {*references.bare(adapter.spec.storage.uri)}))
+        if len(unended) >= MAX_KNOWN_CHARACTERS:
+            return  # thousands wait: orphans can as well
         arguments = [
             "sweep",
             *("--root", adapter.spec.storage.uri),
             *("--known", known),
             *("--grace-seconds", str(timings.orphan_grace_seconds)),
             *("--adapter-uid", adapter.uid),
+            *(("--unended", unended) if unended else ()),
         ]
         if start := desk.start("sweep", arguments, PATIENCE):
             yield start

@@ -41,8 +41,10 @@ from operatorkit import (
     format_time,
     job,
     later,
+    lease,
     only,
     operation_labels,
+    pod,
     request,
     result,
     settings,
@@ -703,7 +705,7 @@ def test_orphans_are_looked_for_once_a_day_with_every_name_that_anybody_knows() 
     arguments = starts[0].manifest["spec"]["template"]["spec"]["containers"][0]["args"]
     known = "coder,coder-20260101-000000-0123abcd,coder-20260202-000000-0123abcd"
     given = ["--root", uri("coder"), "--known", known, "--grace-seconds", "86400", "--adapter-uid", "uid-coder"]
-    assert arguments == ["sweep", *given]
+    assert arguments == ["sweep", *given, "--unended", "uid-r"]
     done = answered("sweep", {"ok": True, "interrupted": 2, "orphans": 0, "uploads": 1, "kept": 5})
     for raw in done:
         raw["metadata"]["creationTimestamp"] = format_time(later(day))
@@ -715,6 +717,18 @@ def test_orphans_are_looked_for_once_a_day_with_every_name_that_anybody_knows() 
     rested = after(two, swept)
     assert not decide(rested, *done, at=2 * day - 1).actions
     assert about(decide(rested, *done, at=2 * day), StartJob)
+
+
+def test_a_sweep_leaves_alone_what_unended_requests_have_made() -> None:
+    """Their version is in no history yet, and older than the grace perhaps: the operator was away for a day."""
+    held = adapter(status={"active": active("gone")})
+    waiting, others = request("q"), request("other", "someone-else")
+    bare = request("b", "", spec={"loraUri": uri("coder-20260202-000000-0123abcd")})
+    world = [held, waiting, others, bare, lease("w", running="uid-gone"), pod("w")]
+    (sweep,) = [a for a in about(decide(*world, at=86_400), StartJob) if "sweep" in a.about]
+    assert isinstance(sweep, StartJob)
+    arguments = sweep.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert arguments[-2:] == ["--unended", "uid-b,uid-gone,uid-q"]
 
 
 def test_orphans_are_looked_for_sooner_after_an_attempt_was_lost() -> None:
