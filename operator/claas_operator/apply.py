@@ -41,7 +41,7 @@ from claas_operator.jobs import selector
 from claas_operator.references import References, beside
 from claas_operator.settings import Settings
 from claas_operator.snapshot import Adapter, Entry, Kind, Lease, Pod, Request, Snapshot, format_time, succeeded
-from claas_operator.workers import lost
+from claas_operator.workers import lost, works_for
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,9 @@ class Apply:
         """The claiming worker's Pod is gone, and the request, read after that, still has no result."""
         request = action.request
         for namespace in {self._settings.namespace, request.namespace}:
-            if not await self._pod_is_gone(namespace, request.worker):
+            gone = await self._pod_is_gone(namespace, request.worker)
+            pod = self._snapshot.pod(namespace, request.worker)
+            if not gone and (pod is None or works_for(pod, self._settings)):
                 raise Lost("the claiming worker's Pod is there")
         live = await self._live_request(request)
         if live.ended is not None or live.result is not None:
