@@ -28,6 +28,7 @@ class Answer(BaseModel):
     uri: str = ""
     version: str = ""
     done: list[str] = Field(default_factory=list)  # names of versions that are as asked for
+    dead: list[str] = Field(default_factory=list)  # names of versions whose deletion had begun: none comes back
     interrupted: int = 0  # what a sweep has found and deleted: folders without a manifest,
     orphans: int = 0  # versions that nobody names,
     uploads: int = 0  # and unfinished uploads
@@ -74,6 +75,10 @@ class Desk:
     def done(self, operation: str) -> set[str]:
         """Names of the versions that an operation was done to."""
         return {name for answer in self.answers(operation).values() if answer.ok for name in answer.done}
+
+    def dead(self, operation: str) -> set[str]:
+        """Names of the versions that an operation found dead for good."""
+        return {name for answer in self.answers(operation).values() if answer.ok for name in answer.dead}
 
     def done_at(self, operation: str) -> dict[str, datetime]:
         """When the last Job was made that did an operation to a version, by the version's name."""

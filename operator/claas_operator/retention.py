@@ -13,7 +13,7 @@ from typing import Final
 
 from claas_crds.reasons import ConditionType, Reason, describe
 from claas_operator import status
-from claas_operator.actions import Action, Collect, Describe, Forget, Note, StartDeletion
+from claas_operator.actions import Action, Collect, Describe, Forget, Note, OnAdapter, StartDeletion
 from claas_operator.operations import Answer, Desk
 from claas_operator.references import References, beside
 from claas_operator.snapshot import CLOCK_SKEW, Adapter, parse_time
@@ -34,7 +34,7 @@ def plan_collection(desk: Desk, references: References) -> Iterator[Action]:
     adapter, collecting = desk.adapter, desk.adapter.status.collecting
     if adapter.spec is None:
         return
-    root, deleted = adapter.spec.storage.uri, desk.done_at("delete")
+    root, deleted = adapter.spec.storage.uri, desk.done("delete") | desk.dead("restore")
     if gone := [name for name in collecting if name in deleted]:
         message = f"{len(gone)} versions were deleted"
         yield Forget(adapter=adapter, versions=tuple(gone), status=status.forgotten(adapter, gone, message, desk.now))
@@ -42,8 +42,13 @@ def plan_collection(desk: Desk, references: References) -> Iterator[Action]:
         yield from _begin(desk, references)
     else:
         needed = [name for name in collecting if references.needed(beside(root, name), adapter)]
-        yield from _delete(desk, root, [name for name in collecting if name not in needed])
-        yield from _give_back(desk, root, needed)
+        actions = [
+            *_delete(desk, root, [name for name in collecting if name not in needed]),
+            *_give_back(desk, root, needed),
+        ]
+        yield from actions
+        if not any(isinstance(action, OnAdapter) for action in actions):
+            yield from _tell(desk)
 
 
 def _delete(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
@@ -53,12 +58,10 @@ def _delete(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
     marked, restored = desk.done_at("tombstone"), desk.done_at("restore")
     unmarked = [v for v in versions if v not in marked or (v in restored and restored[v] >= marked[v])]
     if unmarked:
-        yield from _tell(desk, desk.trouble("tombstone"))
         if start := desk.start("tombstone", _arguments("tombstone", root, _batch(unmarked)), PATIENCE):
             yield start
     elif versions:
         batch = _batch(versions)
-        yield from _tell(desk, desk.trouble("delete"))
         if start := desk.start("delete", _arguments("delete", root, batch), PATIENCE):
             yield StartDeletion(
                 manifest=start.manifest,
@@ -79,7 +82,6 @@ def _give_back(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Actio
     if back:
         yield Describe(adapter=desk.adapter, status=status.given_back(desk.adapter, back, desk.now))
         return
-    yield from _tell(desk, desk.trouble("restore"))
     if start := desk.start("restore", _arguments("restore", root, _batch(versions)), PATIENCE):
         yield start
 
@@ -145,9 +147,10 @@ def _arguments(command: str, root: str, versions: Sequence[str]) -> list[str]:
     return [command, "--root", root, "--versions", ",".join(versions)]
 
 
-def _tell(desk: Desk, trouble: str) -> Iterator[Action]:
-    """Says what collection waits for, when there is something to say."""
-    adapter, message = desk.adapter, trouble or describe(Reason.COLLECTING)
+def _tell(desk: Desk) -> Iterator[Action]:
+    """Says what collection waits for, when there is something to say: once, or two troubles would take turns."""
+    troubles = [desk.trouble(operation) for operation in ("tombstone", "delete", "restore")]
+    adapter, message = desk.adapter, "; ".join(filter(None, troubles)) or describe(Reason.COLLECTING)
     if not status.adapter_says(adapter, ConditionType.COLLECTED, Reason.COLLECTING, message):
         yield Describe(adapter=adapter, status=status.collection_waits(adapter, message, desk.now))
 

@@ -674,6 +674,31 @@ def test_nothing_is_given_back_while_a_pod_may_still_mark_or_delete_it(operation
     assert restore.about.endswith("-restore-uidcoder-1")
 
 
+def test_what_cannot_come_back_is_forgotten_and_holds_nothing_up() -> None:
+    going = trained("v0", "v1", "v2", "v3", spec=KEEP_TWO, collecting=["v0", "v1"])
+    forks = [adapter(f"fork-{v}", spec={"initFrom": {"uri": uri(v)}}) for v in ("v0", "v1")]
+    restored = answered("restore", {"ok": True, "done": ["v1"], "dead": ["v0"]})
+    forget = only(decide(going, *forks, *restored), Forget)
+    assert isinstance(forget, Forget)
+    assert forget.versions == ("v0",)
+    back = only(decide(after(going, forget), *forks, *restored), Describe)
+    assert isinstance(back, Describe)
+    assert back.status["collecting"] == []
+
+
+def test_two_operations_in_trouble_are_told_once() -> None:
+    down = {"ok": False, "reason": "StorageUnavailable", "message": "no answer", "retryable": True}
+    going = trained("v0", "v1", "v2", "v3", spec=KEEP_TWO, collecting=["v0", "v1"])
+    fork = adapter("fork", spec={"initFrom": {"uri": uri("v0")}})
+    world = [fork, *answered("tombstone", down), *answered("restore", down)]
+    say = only(decide(going, *world, at=10), Describe)
+    assert isinstance(say, Describe)
+    message = condition(say.status, "Collected")["message"]
+    assert "claas-mark-uidcoder-1 failed" in message
+    assert "claas-restore-uidcoder-1 failed" in message
+    assert not decide(after(going, say), *world, at=10).actions
+
+
 def test_a_store_that_refuses_deletions_is_not_asked_in_a_hot_loop() -> None:
     going = trained("v0", "v1", "v2", spec=KEEP_TWO, collecting=["v0"])
     denied = answered("tombstone", {"ok": False, "reason": "StorageDenied", "message": "403", "retryable": False})
