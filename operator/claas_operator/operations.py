@@ -151,7 +151,7 @@ class Desk:
             self.settings,
             operation,
             f"{stem}-{counter}",
-            self.adapter.uid,
+            self.adapter,
             namespace,
             arguments,
             self.snapshot.owner_uid,

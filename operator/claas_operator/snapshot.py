@@ -209,6 +209,7 @@ class Job(Entry):
     pool: str
     operation: str
     adapter_uid: str
+    made_for: int  # generation of the adapter that it was made for
     finished: datetime | None
     failed: bool
     message: str
@@ -609,10 +610,16 @@ def _job(raw: Raw, common: dict[str, Any], component: str, pool: str, labels: Ra
         pool=pool,
         operation=labels.get(names.OPERATION_LABEL, ""),
         adapter_uid=labels.get(names.ADAPTER_UID_LABEL, ""),
+        made_for=_number(labels.get(names.GENERATION_LABEL, "")) or 1,
         finished=(parse_time(end.get("lastTransitionTime")) or common["created"]) if end else None,
         failed="Failed" in final,
         message=f"{end.get('reason', '')}: {end.get('message', '')}" if end and "Failed" in final else "",
     )
+
+
+def _number(text: str) -> int:
+    """Zero for what is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
 def _lease(raw: Raw, common: dict[str, Any], now: datetime, known: Lease | None) -> Lease:

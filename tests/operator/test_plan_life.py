@@ -290,6 +290,40 @@ def test_what_is_wrong_with_a_source_has_its_own_reason_and_requests_say_it() ->
     assert "AdapterInvalid: key x.lora_A.weight is missing" in waiting.status["conditions"][-1]["message"]
 
 
+NOTHING_THERE = {"ok": False, "reason": "AdapterInvalid", "message": "nothing there", "retryable": False}
+MADE = {"ok": True, "uri": f"{PREFIX}coder/", "version": "coder"}
+
+
+def test_what_the_store_refused_is_tried_again_once_the_adapter_was_changed() -> None:
+    new = adapter(head=0, spec={"initFrom": {"uri": uri("src")}})
+    (start,) = about(decide(new), StartJob)
+    assert isinstance(start, StartJob)
+    assert start.manifest["metadata"]["labels"][names.GENERATION_LABEL] == "1"
+    told = after(new, only(decide(new, *answered("create", NOTHING_THERE)), Describe))
+    assert not decide(told, *answered("create", NOTHING_THERE)).actions
+    told["metadata"]["generation"] = 2
+    (again,) = about(decide(told, *answered("create", NOTHING_THERE), at=60), StartJob)
+    assert again.about.endswith("-create-uidcoder-2")
+    assert isinstance(again, StartJob)
+    assert again.manifest["metadata"]["labels"][names.GENERATION_LABEL] == "2"
+    second = answered("create", NOTHING_THERE, 2)
+    second[0]["metadata"]["labels"][names.GENERATION_LABEL] = "2"
+    (say,) = about(decide(told, *answered("create", NOTHING_THERE), *second, at=60), Describe)
+    assert isinstance(say, Describe)
+    assert condition(say.status, "Ready")["message"] == "nothing there"
+
+
+def test_a_version_that_was_made_counts_whatever_failed_before_it() -> None:
+    new = adapter(head=0, spec={"initFrom": {"uri": uri("src")}})
+    bad, good = answered("create", NOTHING_THERE), answered("create", MADE, 2)
+    told = after(new, only(decide(new, *bad), Describe))
+    assert only(decide(new, *bad, *good), Fold)
+    assert only(decide(told, *bad, *good), Fold), "also when the failure was told already"
+    other = answer_pod("claas-create-uidcoder-1", MADE)
+    other["metadata"] |= {"name": "later", "uid": "uid-later"}
+    assert only(decide(told, *bad, other), Fold), "another Pod of the same Job"
+
+
 def test_operations_of_a_tenant_s_pool_run_as_the_tenant() -> None:
     theirs = {"spec": {"serviceAccountName": "tenant", "containers": [{"name": "operation", "image": "x"}]}}
     using = settings(pool={"isolation": "Namespace", "operationTemplate": theirs})
