@@ -40,6 +40,7 @@ from claas_operator.retention import sweep_soon
 from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Adapter, Entry, Request, Snapshot, succeeded
 from claas_operator.workers import Fleet, Scope, backoff, fences, lost, pod_of, start_workers, survey
+from claas_store.errors import StoreError
 from claas_store.uris import version_name
 
 # A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.
@@ -133,7 +134,7 @@ class _Planner:
         """One object about which nothing can be decided never stops the others."""
         try:
             yield
-        except (ValueError, OverflowError) as error:  # pydantic's ValidationError is a ValueError
+        except (ValueError, OverflowError, StoreError) as error:  # pydantic's ValidationError is a ValueError
             self.skipped.append((entry, error))
 
     def wake(self, at: datetime) -> None:

@@ -7,6 +7,7 @@ again, live, and what nobody needs is deleted. What somebody began to need in be
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Final
@@ -168,6 +169,10 @@ def plan_sweep(desk: Desk, references: References) -> Iterator[Action]:
     if desk.now < due_at:
         desk.wake(due_at)
         return
+    if adapter.sweep_at is None:
+        first = desk.now + _spread(adapter, interval)
+        yield Describe(adapter=adapter, status=status.swept(adapter, first, desk.now))
+        return
     since = due_at - min(CLOCK_SKEW, interval / 4)
     latest = desk.of("sweep")[-1:]
     if latest and latest[0].created >= since and latest[0].finished is not None:
@@ -188,6 +193,12 @@ def plan_sweep(desk: Desk, references: References) -> Iterator[Action]:
         ]
         if start := desk.start("sweep", arguments, PATIENCE):
             yield start
+
+
+def _spread(adapter: Adapter, interval: timedelta) -> timedelta:
+    """A part of `interval`: adapters made together, or met by a new operator, are not swept all at once."""
+    share: float = zlib.crc32(adapter.uid.encode()) / 2**32
+    return interval * share
 
 
 def _swept(adapter: Adapter, answer: Answer) -> Note | None:

@@ -756,7 +756,8 @@ def test_names_of_a_batch_fit_into_an_answer() -> None:
 
 def test_orphans_are_looked_for_once_a_day_with_every_name_that_anybody_knows() -> None:
     day = 86_400.0
-    two = trained("coder", "coder-20260101-000000-0123abcd", spec={"retention": {"keepLast": 5}})
+    history = ("coder", "coder-20260101-000000-0123abcd")
+    two = trained(*history, spec={"retention": {"keepLast": 5}}, sweepAt=format_time(later(day)))
     bare = request("r", "", spec={"loraUri": uri("coder-20260202-000000-0123abcd"), "priority": 1})
     assert not about(decide(two, at=day - 1), StartJob)
     starts = [a for a in about(decide(two, bare, at=day), StartJob) if "sweep" in a.about]
@@ -780,7 +781,7 @@ def test_orphans_are_looked_for_once_a_day_with_every_name_that_anybody_knows() 
 
 def test_a_sweep_leaves_alone_what_unended_requests_have_made() -> None:
     """Their version is in no history yet, and older than the grace perhaps: the operator was away for a day."""
-    held = adapter(status={"active": active("gone")})
+    held = adapter(status={"active": active("gone"), "sweepAt": format_time(later(86_400))})
     waiting, others = request("q"), request("other", "someone-else")
     bare = request("b", "", spec={"loraUri": uri("coder-20260202-000000-0123abcd")})
     world = [held, waiting, others, bare, lease("w", running="uid-gone"), pod("w")]
@@ -788,6 +789,15 @@ def test_a_sweep_leaves_alone_what_unended_requests_have_made() -> None:
     assert isinstance(sweep, StartJob)
     arguments = sweep.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
     assert arguments[-2:] == ["--unended", "uid-b,uid-gone,uid-q"]
+
+
+def test_the_first_sweeps_of_many_adapters_are_spread_over_an_interval() -> None:
+    made = decide(*(adapter(f"a{i}", uid=f"{i:08x}-1111") for i in range(300)), at=90_000)
+    assert not about(made, StartJob)
+    times = sorted(say.status["sweepAt"] for say in about(made, Describe) if isinstance(say, Describe))
+    assert len(times) == 300
+    assert format_time(later(90_000)) <= times[0] < times[75] < format_time(later(90_000 + 43_200)) < times[225]
+    assert times[-1] < format_time(later(90_000 + 86_400))
 
 
 def test_orphans_are_looked_for_sooner_after_an_attempt_was_lost() -> None:
