@@ -554,3 +554,14 @@ def test_a_namespace_pool_binds_to_workers_of_the_requests_namespace_only() -> N
     beside = [pod(WORKER, namespace="team"), lease(WORKER, namespace="team"), job("claas-l40s-1", namespace="team")]
     assert about(decide(request("r", ""), *beside, using=own), Bind)
     assert HOME != "team"
+
+
+@pytest.mark.parametrize("where", ["elsewhere/x", "other-20260501-120000-0badcafe", "coder-next", "a/coder"])
+def test_a_version_that_is_not_beside_its_parent_is_not_used(where: str) -> None:
+    held = adapter(status={"active": active("r")})
+    reported = request("r", status=bound(WORKER) | claim(WORKER) | result(uri=f"{PREFIX}{where}/"))
+    made = decide(held, reported, *workers(WORKER))
+    assert not about(made, Commit)
+    (end,) = about(made, End)
+    assert isinstance(end, End)
+    assert end.reason == Reason.INTERNAL_ERROR
