@@ -129,7 +129,11 @@ def result(outcome: str = "Succeeded", attempt: int = 1, *, reason: str = "", at
     """A worker's report."""
     body: Raw = {"attempt": attempt, "outcome": outcome, "reason": reason or outcome, "at": format_time(at)}
     if outcome == "Succeeded":
-        body |= {"loraUri": uri or f"{PREFIX}coder-next/", "metadata": NUMBERS, "timings": {"stepMs": 7}}
+        body |= {
+            "loraUri": uri or f"{PREFIX}coder-20260501-120000-0badcafe/",
+            "metadata": NUMBERS,
+            "timings": {"stepMs": 7},
+        }
     return {"result": body}
 
 

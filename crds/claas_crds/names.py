@@ -22,6 +22,7 @@ COMPONENT_OPERATION: Final = "operation"
 POOL_LABEL: Final = f"{GROUP}/pool"
 ADAPTER_UID_LABEL: Final = f"{GROUP}/adapter-uid"
 OPERATION_LABEL: Final = f"{GROUP}/operation"
+GENERATION_LABEL: Final = f"{GROUP}/generation"  # of the adapter, as it was when the operation's Job was made
 
 # The worker's Lease, named after its Pod: annotations, because a Lease's spec has no room for them.
 LEASE_STATE: Final = f"{GROUP}/state"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from claas_crds.adapter import HistoryEntry
@@ -16,7 +16,7 @@ from claas_operator.permissions import may_fork, may_not_fork, not_permitted, pe
 from claas_operator.references import References
 from claas_operator.retention import plan_collection, plan_sweep
 from claas_operator.settings import Settings
-from claas_operator.snapshot import Adapter, Snapshot
+from claas_operator.snapshot import Adapter, Job, Snapshot
 from claas_store.uris import version_name
 
 # The store has said that a first version cannot be: nothing is tried again before the adapter changes.
@@ -50,12 +50,8 @@ def _refuses_source(adapter: Adapter, settings: Settings) -> tuple[Reason, str] 
     return Reason.STORAGE_DENIED, may_not_fork("spec.initFrom.uri", settings, adapter.namespace)
 
 
-def plan_adapter(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
-    """What to do about one adapter; of two actions on the adapter itself the first is done, and the rest thought again.
-
-    Args:
-        references: who needs which version, found when first asked for.
-    """
+def plan_adapter(desk: Desk, references: References) -> Iterator[Action]:
+    """What to do about one adapter; of two actions on the adapter itself the first is done, the rest thought again."""
     adapter = desk.adapter
     if adapter.active and _may_be_freed(adapter, desk.snapshot, desk.settings):
         holder_name = adapter.status.active.request_name if adapter.status.active else ""
@@ -161,23 +157,38 @@ def _create(desk: Desk) -> Iterator[Action]:
     if refusal is not None:
         yield from _describe(desk, *refusal)
         return
+    answers = desk.answers("create")
+    if good := next((answer for answer in answers.values() if answer.ok and _is_asked_for(answer, adapter)), None):
+        yield _fold(desk, good)
+        return
     ready = adapter.condition(ConditionType.READY)
     if ready and ready.reason in _LASTING and ready.observed_generation == adapter.generation:
         return  # the store refused it for good; a new generation, or a new adapter, is tried again
-    for answer in desk.answers("create").values():
-        if answer.ok:
-            yield _fold(desk, answer)
-            return
-        if not answer.retryable:
-            yield from _describe(desk, *_failure(adapter, answer))
-            return
+    current = [answers[job.name] for job in desk.of("create") if job.name in answers and _is_current(job, adapter)]
+    if refused := next((answer for answer in current if answer.ok or not answer.retryable), None):
+        yield from _describe(desk, *_failure(adapter, refused))
+        return
     yield from _describe(desk, Reason.CREATING, desk.trouble("create") or describe(Reason.CREATING))
     if start := desk.start("create", create_arguments(settings, adapter)):
         yield start
 
 
+def _is_current(job: Job, adapter: Adapter) -> bool:
+    """Whether a Job's failure says something about the adapter as it is now."""
+    return job.made_for >= adapter.generation
+
+
+def _is_asked_for(answer: Answer, adapter: Adapter) -> bool:
+    """Whether the version lies where it was asked for: anywhere else it is nobody's."""
+    asked = adapter.spec.storage.uri.rstrip("/") if adapter.spec else ""
+    return answer.uri.rstrip("/") == asked and answer.version == version_name(asked)
+
+
 def _failure(adapter: Adapter, answer: Answer) -> tuple[Reason, str]:
     """What is wrong with a source is the user's to mend and has its own reason."""
+    if answer.ok:
+        message = "the create Job answered with another uri than spec.storage.uri; nothing was taken over"
+        return Reason.CREATE_FAILED, message
     if adapter.init_from and answer.reason == Reason.ADAPTER_INVALID:
         return Reason.ADAPTER_INVALID, answer.message
     return Reason.CREATE_FAILED, f"{answer.reason}: {answer.message}"
@@ -191,16 +202,8 @@ def _describe(desk: Desk, reason: Reason, message: str) -> Iterator[Describe]:
 
 
 def _fold(desk: Desk, answer: Answer) -> Action:
-    """The answer becomes the head; a version anywhere else than asked for is nobody's."""
+    """The answer becomes the head."""
     adapter = desk.adapter
-    asked = adapter.spec.storage.uri.rstrip("/") if adapter.spec else ""
-    if answer.uri.rstrip("/") != asked or answer.version != version_name(asked):
-        message = "the create Job answered with another uri than spec.storage.uri; nothing was taken over"
-        return Describe(
-            adapter=adapter,
-            status=status.not_ready(adapter, Reason.CREATE_FAILED, message, desk.now),
-            note=Note(adapter, Reason.CREATE_FAILED, message),
-        )
     came = f" from {adapter.init_from}" if adapter.init_from else ""
     note = Note(adapter, Reason.CREATED, f"version {answer.version} was created{came}", warning=False)
     created = status.created(adapter, answer.uri, answer.version, adapter.init_from, desk.now)

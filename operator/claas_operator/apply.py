@@ -40,8 +40,8 @@ from claas_operator.api import FAILURES, Api, describe
 from claas_operator.jobs import selector
 from claas_operator.references import References, beside
 from claas_operator.settings import Settings
-from claas_operator.snapshot import Adapter, Entry, Kind, Lease, Pod, Request, Snapshot, format_time, parse, succeeded
-from claas_operator.workers import lost
+from claas_operator.snapshot import Adapter, Entry, Kind, Lease, Pod, Request, Snapshot, format_time, succeeded
+from claas_operator.workers import lost, works_for
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,9 @@ class Apply:
         """The claiming worker's Pod is gone, and the request, read after that, still has no result."""
         request = action.request
         for namespace in {self._settings.namespace, request.namespace}:
-            if not await self._pod_is_gone(namespace, request.worker):
+            gone = await self._pod_is_gone(namespace, request.worker)
+            pod = self._snapshot.pod(namespace, request.worker)
+            if not gone and (pod is None or works_for(pod, self._settings)):
                 raise Lost("the claiming worker's Pod is there")
         live = await self._live_request(request)
         if live.ended is not None or live.result is not None:
@@ -256,26 +258,25 @@ class Apply:
         self._snapshot.put(Kind.JOB, answer, self._clock())
 
     async def _delete_versions(self, action: StartDeletion) -> None:
-        """Who needs which version is read live, whole: what was tombstoned before is safe from whoever comes after."""
-        adapter, now = action.adapter, self._clock()
-        adapters, requests = list[Adapter](), list[Request]()
+        """Who needs which version is read live, whole: what was tombstoned before is safe from whoever comes after.
+
+        What the snapshot knows beyond that is about to go, and counts until then.
+        """
+        now, live = self._clock(), None
         for kind in (Kind.ADAPTER, Kind.REQUEST):
             async for raw in self._api.list(kind):
-                self._snapshot.put(kind, raw, now)
-                try:
-                    found = parse(kind, raw, now)
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise Lost("an object cannot be read: nobody knows what it needs") from error
-                if isinstance(found, Adapter):
-                    adapters.append(found)
-                elif isinstance(found, Request) and found.ended is None:
-                    requests.append(found)
-        live = next((found for found in adapters if found.uid == adapter.uid), None)
+                found, uid = self._snapshot.put(kind, raw, now), raw.get("metadata", {}).get("uid", "")
+                if uid in self._snapshot.broken:
+                    raise Lost("an object cannot be read: nobody knows what it needs")
+                if isinstance(found, Adapter) and uid == action.adapter.uid:
+                    live = found
         if live is None or not action.versions <= {*live.status.collecting}:
             raise Lost("the adapter has no such versions to delete any more")
-        references = References(adapters, requests)
+        references = References(self._snapshot.named, self._settings)
         if any(references.needed(beside(action.root, name), live) for name in action.versions):
             raise Lost("somebody needs one of the versions")
+        if not action.versions and references.bare(action.root):
+            raise Lost("a request without an adapter trains one of the versions")
         if not action.versions and references.siblings(action.root, live) != action.kept:
             raise Lost("others need other versions beside the adapter's")
         await self._start(action)

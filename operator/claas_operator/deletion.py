@@ -7,7 +7,7 @@ goes. It goes as well when that takes too long, or when the policy is changed to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Final
 
@@ -15,12 +15,14 @@ from claas_crds import names
 from claas_crds.reasons import ConditionType, Reason, describe
 from claas_operator import status
 from claas_operator.actions import Action, Describe, Finalize, Note, StartDeletion, StopJob
-from claas_operator.operations import Desk
+from claas_operator.operations import Answer, Desk
 from claas_operator.permissions import not_permitted, permitted
 from claas_operator.references import References
 
 # A node that is gone keeps a Pod for ever; an adapter does not wait for it longer than this beyond its own limit.
 STOP_GRACE: Final = timedelta(seconds=60)
+# So many names are shown of what was left, or of what a deletion waits for.
+_SHOWN_VERSIONS: Final = 10
 
 
 def plan_finalizer(desk: Desk) -> Action | None:
@@ -32,16 +34,15 @@ def plan_finalizer(desk: Desk) -> Action | None:
     return _finalize(desk, wanted)
 
 
-def _finalize(desk: Desk, held_back: bool, note: Note | None = None) -> Finalize:
+def _finalize(desk: Desk, held_back: bool, note: Note | None = None, left: str = "") -> Finalize:
     adapter = desk.adapter
     others = tuple(finalizer for finalizer in adapter.finalizers if finalizer != names.FINALIZER)
-    left = adapter.status.uri if note is not None else ""
     return Finalize(
         adapter=adapter, finalizers=(*others, names.FINALIZER) if held_back else others, left=left, note=note
     )
 
 
-def plan_deletion(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+def plan_deletion(desk: Desk, references: References) -> Iterator[Action]:
     """What to do about an adapter that was deleted."""
     adapter, now = desk.adapter, desk.now
     if not adapter.held_back or adapter.deleting is None:
@@ -51,28 +52,35 @@ def plan_deletion(desk: Desk, references: Callable[[], References]) -> Iterator[
     desk.wake(adapter.deleting + limit)
     if adapter.spec is None or adapter.spec.deletion_policy == "Retain":
         yield from _leave(desk, f"spec.deletionPolicy is Retain: what is at {root} and beside it stays", warning=False)
-    elif desk.done_with("destroy") or not _has_versions(desk):
+    elif (gone := desk.good("destroy")) is not None:
+        yield _finalize(desk, held_back=False, note=_kept(desk, root, gone))
+    elif not _has_versions(desk):
         yield _finalize(desk, held_back=False)
     elif now >= adapter.deleting + limit:
         # By then its Job was stopped and may be gone; what it died of was told before.
         told = adapter.condition(ConditionType.READY)
-        why = told.message if told and told.reason == Reason.DELETING else _waits_for(desk)
+        why = told.message if told and told.reason == Reason.DELETING else _waits_for(desk, root, references)
         what = f"after {limit.total_seconds():.0f} s the versions at {root} and beside it are still in the store"
         yield from _leave(desk, f"{what}: {why}")
     elif not permitted(root, desk.settings, adapter.namespace):
         yield from _leave(desk, not_permitted("spec.storage.uri", desk.settings, adapter.namespace))
     else:
-        yield from _tell(desk, _waits_for(desk))
+        yield from _tell(desk, _waits_for(desk, root, references))
         creating = desk.running("create")
         if creating is not None and adapter.status.head_seq and creating.deleting is None:
             yield StopJob(job=creating)  # one too many: it must not write the first version once more
-        elif not (adapter.active or creating or desk.lingers("create") or desk.running("destroy")):
-            yield from _destroy(desk, root, references())
+        elif not adapter.active and creating is None and not desk.lingers("create") and not references.bare(root):
+            yield from _destroy(desk, root, references)
 
 
 def _destroy(desk: Desk, root: str, references: References) -> Iterator[Action]:
     kept = references.siblings(root, desk.adapter)
-    arguments = ["destroy", "--root", root, *(("--keep", ",".join(sorted(kept))) if kept else ())]
+    arguments = [
+        *("destroy", "--root", root),
+        *(("--keep", ",".join(sorted(kept))) if kept else ()),
+        *("--adapter-uid", desk.adapter.uid),
+        *("--grace-seconds", str(desk.settings.timings.orphan_grace_seconds)),
+    ]
     if start := desk.start("destroy", arguments):
         yield StartDeletion(
             manifest=start.manifest, pool="", adapter=desk.adapter, root=root, versions=frozenset(), kept=kept
@@ -88,10 +96,22 @@ def _has_versions(desk: Desk) -> bool:
     return desk.adapter.status.head_seq > 0 or answered or desk.running("create") is not None
 
 
-def _waits_for(desk: Desk) -> str:
+def _kept(desk: Desk, root: str, answer: Answer) -> Note | None:
+    """What the deletion left although the adapter goes, because others need it, or because it is not the adapter's."""
+    left = answer.kept if isinstance(answer.kept, list) else []
+    if not left:
+        return None
+    message = f"{len(left)} versions at {root} and beside it stay in the store: {', '.join(left[:_SHOWN_VERSIONS])}"
+    return Note(desk.adapter, Reason.VERSIONS_LEFT, message if len(left) <= _SHOWN_VERSIONS else f"{message}, …")
+
+
+def _waits_for(desk: Desk, root: str, references: References) -> str:
     adapter = desk.adapter
     if adapter.status.active is not None:
         return f"request {adapter.status.active.request_name} still runs on the adapter"
+    if (waiting := references.bare(root)) and desk.running("destroy") is None:
+        shown = ", ".join(sorted(waiting.values())[:_SHOWN_VERSIONS])
+        return f"requests without an adapter still train versions at {root} and beside it: {shown}"
     return desk.trouble("destroy") or describe(Reason.DELETING)
 
 
@@ -113,4 +133,4 @@ def _leave(desk: Desk, message: str, *, warning: bool = True) -> Iterator[Action
         desk.wake(given_up_at)
         return
     note = Note(adapter, Reason.VERSIONS_LEFT, message, warning=warning)
-    yield _finalize(desk, held_back=False, note=note)
+    yield _finalize(desk, held_back=False, note=note, left=adapter.status.uri)

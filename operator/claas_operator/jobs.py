@@ -100,7 +100,7 @@ def build_operation_job(
     settings: Settings,
     operation: str,
     name: str,
-    adapter_uid: str,
+    adapter: Adapter,
     namespace: str,
     arguments: list[str],
     owner_uid: str | None,
@@ -113,7 +113,8 @@ def build_operation_job(
     """
     labels = selector(settings, names.COMPONENT_OPERATION) | {
         names.OPERATION_LABEL: operation,
-        names.ADAPTER_UID_LABEL: adapter_uid,
+        names.ADAPTER_UID_LABEL: adapter.uid,
+        names.GENERATION_LABEL: str(adapter.generation),
     }
     operations = settings.operations
     template = _stamp(template or operations.template, labels, OPERATION_CONTAINER, [])

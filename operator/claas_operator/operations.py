@@ -28,9 +28,11 @@ class Answer(BaseModel):
     uri: str = ""
     version: str = ""
     done: list[str] = Field(default_factory=list)  # names of versions that are as asked for
+    dead: list[str] = Field(default_factory=list)  # names of versions whose deletion had begun: none comes back
     interrupted: int = 0  # what a sweep has found and deleted: folders without a manifest,
     orphans: int = 0  # versions that nobody names,
     uploads: int = 0  # and unfinished uploads
+    kept: list[str] | int = 0  # names of versions that a deletion left; of a sweep, how many there are
     reason: str = ""
     message: str = ""
     retryable: bool = True
@@ -74,9 +76,9 @@ class Desk:
         """Names of the versions that an operation was done to."""
         return {name for answer in self.answers(operation).values() if answer.ok for name in answer.done}
 
-    def done_with(self, operation: str) -> bool:
-        """Whether an operation has succeeded."""
-        return any(answer.ok for answer in self.answers(operation).values())
+    def dead(self, operation: str) -> set[str]:
+        """Names of the versions that an operation found dead for good."""
+        return {name for answer in self.answers(operation).values() if answer.ok for name in answer.dead}
 
     def done_at(self, operation: str) -> dict[str, datetime]:
         """When the last Job was made that did an operation to a version, by the version's name."""
@@ -96,6 +98,14 @@ class Desk:
         stem = f"{operation_stem(self.settings, operation, self.adapter.uid)}-"
         return any(not pod.over for job, pods in self.pods.items() if job.startswith(stem) for pod in pods)
 
+    def good(self, operation: str) -> Answer | None:
+        """An answer that says that an operation has succeeded."""
+        return next((answer for answer in self.answers(operation).values() if answer.ok), None)
+
+    def at_work(self, operation: str) -> bool:
+        """Whether an operation runs, or a Pod of it may still be at it: what it undoes has to wait."""
+        return self.running(operation) is not None or self.lingers(operation)
+
     def trouble(self, operation: str) -> str:
         """Why the latest Job of an operation does not start, or has failed; empty while all is well."""
         latest = self.of(operation)[-1:]
@@ -110,22 +120,28 @@ class Desk:
         why = f"{answer.reason}: {answer.message}" if answer else job.message or "its answer was lost with its Pod"
         return f"the Job {job.name} failed and is tried again: {why}"
 
-    def start(self, operation: str, arguments: list[str], patience: float = 1.0) -> StartJob | None:
-        """The next Job of an operation; None while one runs, or while it is too early after one that failed.
+    def may_start(self, operation: str, patience: float = 1.0) -> bool:
+        """Whether none runs and it is not too early after one that failed; if it is, think again then.
 
         Args:
             patience: waits so many times as long after a failure.
         """
-        jobs = self.of(operation)
         if self.running(operation) is not None:
-            return None
+            return False
         failures = self._failures(operation)
         if failures:
             latest = failures[-1].finished
             retry_at = (latest or self.now) + patience * backoff(self.settings, len(failures))
             if self.now < retry_at:
                 self.wake(retry_at)
-                return None
+                return False
+        return True
+
+    def start(self, operation: str, arguments: list[str], patience: float = 1.0) -> StartJob | None:
+        """The next Job of an operation; None while it may not start."""
+        jobs = self.of(operation)
+        if not self.may_start(operation, patience):
+            return None
         namespace = operation_namespace(self.adapter, self.settings)
         stem = operation_stem(self.settings, operation, self.adapter.uid)
         taken = self.snapshot.taken_counters.get((namespace, stem), 0)
@@ -135,7 +151,7 @@ class Desk:
             self.settings,
             operation,
             f"{stem}-{counter}",
-            self.adapter.uid,
+            self.adapter,
             namespace,
             arguments,
             self.snapshot.owner_uid,

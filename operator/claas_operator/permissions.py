@@ -5,20 +5,26 @@ from __future__ import annotations
 from typing import Final
 
 from claas_operator.settings import Settings
-from claas_store.uris import version_name, within
+from claas_store.uris import MAX_SEGMENT_BYTES, base_name, version_name, within
 
 # What a status takes as the name of a version.
 MAX_VERSION_NAME: Final = 253
+# What a step adds to the name of the first version: `-YYYYMMDD-HHMMSS-xxxxxxxx`, and `-a11` with most retries.
+_SUFFIX_BYTES: Final = len("-20260101-000000-01234567-a11")
 
 
 def permitted(uri: str, settings: Settings, namespace: str) -> bool:
-    """Whether a version of `namespace` may lie at `uri`."""
-    return within(uri, settings.prefixes(namespace)) and len(version_name(uri)) <= MAX_VERSION_NAME
+    """Whether a version of `namespace` may lie at `uri`, and what is trained from it beside it."""
+    if not within(uri, settings.prefixes(namespace)):
+        return False
+    longest = len(base_name(uri).encode()) + _SUFFIX_BYTES
+    return len(version_name(uri)) <= MAX_VERSION_NAME and longest <= min(MAX_VERSION_NAME, MAX_SEGMENT_BYTES)
 
 
 def not_permitted(field: str, settings: Settings, namespace: str) -> str:
     """What to do about a uri in `field` that is not permitted."""
-    return _must_lie_below(field, settings.prefixes(namespace), namespace)
+    room = f"its last segment at most {MAX_VERSION_NAME - _SUFFIX_BYTES} bytes long"
+    return f"{_must_lie_below(field, settings.prefixes(namespace), namespace)}; {room}"
 
 
 def may_read(uri: str, settings: Settings, namespace: str) -> bool:

@@ -10,7 +10,6 @@ Reads top to bottom: one request, then who gets a worker, then adapters and Pods
 from __future__ import annotations
 
 import contextlib
-import functools
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -41,7 +40,8 @@ from claas_operator.retention import sweep_soon
 from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Adapter, Entry, Request, Snapshot, succeeded
 from claas_operator.workers import Fleet, Scope, backoff, fences, lost, pod_of, start_workers, survey
-from claas_store.uris import version_name
+from claas_store.errors import StoreError
+from claas_store.uris import is_beside, parent_folder, version_name
 
 # A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.
 FRESH_PROBES: Final = 5
@@ -118,7 +118,7 @@ class _Planner:
         self.then += start_workers(self.snapshot, self.settings, fleet, self.waiting, self.now, self.wake)
         self._say_no_capacity(fleet)
         operations = Registry(self.snapshot.jobs.values(), self.snapshot.pods.values())
-        references = functools.cache(lambda: References.of(self.snapshot))
+        references = References(self.snapshot.named, self.settings)
         for adapter in self.snapshot.adapters.values():
             if adapter.uid in self.snapshot.in_flight:
                 continue
@@ -134,7 +134,7 @@ class _Planner:
         """One object about which nothing can be decided never stops the others."""
         try:
             yield
-        except (ValueError, OverflowError) as error:  # pydantic's ValidationError is a ValueError
+        except (ValueError, OverflowError, StoreError) as error:  # pydantic's ValidationError is a ValueError
             self.skipped.append((entry, error))
 
     def wake(self, at: datetime) -> None:
@@ -170,7 +170,7 @@ class _Planner:
         elif request.problem is not None and request.status.attempt == 0:
             self._end(request, *request.problem)
         elif result is not None and succeeded(result):
-            self._end(request, Reason.INTERNAL_ERROR, "the worker reported a version outside the namespace's prefixes")
+            self._end(request, Reason.INTERNAL_ERROR, "the worker reported a version that is not beside its parent")
         elif result is not None and result.outcome is Outcome.FAILED:
             self._end(request, result.reason, result.message)
         elif request.first_claim and self._due(request.first_claim + request.deadline):
@@ -196,10 +196,14 @@ class _Planner:
         )
 
     def _is_ours(self, request: Request, result: Result) -> bool:
-        """Whether a successful result names a version that its namespace may have."""
+        """Whether a successful result names a version that its namespace may have, beside its parent."""
         if result.outcome is Outcome.NO_SIGNAL:
             return request.status.parent is not None
-        return permitted(result.lora_uri, self.settings, request.namespace)
+        parent = request.status.parent
+        if parent is None or not permitted(result.lora_uri, self.settings, request.namespace):
+            return False
+        beside = parent_folder(result.lora_uri) == parent_folder(parent.uri)
+        return beside and is_beside(parent.uri, version_name(result.lora_uri))
 
     def _complete_committed(self, request: Request, adapter: Adapter) -> None:
         entry = next(e for e in reversed(adapter.status.history) if e.request_uid == request.uid)

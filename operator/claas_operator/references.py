@@ -1,70 +1,157 @@
-"""Who needs which version: what collection and deletion must leave alone, whoever's it is."""
+"""Who needs which version: what collection and deletion must leave alone, whoever's it is.
+
+The snapshot keeps the `Index` as objects come and go, so that a plan looks names up instead of reading every history.
+`References` is the index under the settings: what an object only asks for counts where its namespace may have it, or
+a refused object would hold another tenant's versions for ever.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
 
-from claas_operator.snapshot import Adapter, Request, Snapshot
+from claas_operator.permissions import may_fork, permitted
+from claas_operator.settings import Settings
 from claas_store.errors import UriInvalid
-from claas_store.uris import Location, is_step_output, next_version_uri, parse
+from claas_store.uris import Location, base_name, is_step_output, parent_folder, parse
 
-_ANY_TIME, _ANY_UID = "1970-01-01T00:00:00Z", "00000000"
+if TYPE_CHECKING:
+    from claas_operator.snapshot import Adapter, Request
 
 
-class References:
-    """Every version that an adapter or an unended request names, and by whom.
+class How(Enum):
+    """In which way an object names a version."""
+
+    HAS = "it is, or was, its head, or a worker was bound to it"
+    BEGAN = "its history says that it began there"
+    WANTS = "it asks to have it: permitted within its namespace's prefixes"
+    WANTS_TO_BEGIN = "it asks to begin there: permitted where it may fork"
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One object that names a version."""
+
+    uid: str
+    namespace: str
+    how: How
+    bare: str = ""  # name of the request, if it names no adapter
+
+
+@dataclass
+class Index:
+    """Every version that an adapter or an unended request names, and by whom; kept as objects come and go.
 
     Adapters name their own versions, their `spec.initFrom` and the origins in their histories. Requests that have not
     ended name what they were bound to, a bare one its `loraUri`, and what they reported.
     """
 
-    def __init__(self, adapters: Iterable[Adapter], requests: Iterable[Request]) -> None:
-        self._owners: dict[str, set[str]] = defaultdict(set)
-        self._starts: dict[str, set[str]] = defaultdict(set)
-        for adapter in adapters:
-            storage = [adapter.spec.storage.uri] if adapter.spec else []
-            for uri in (adapter.status.uri, *storage, *(entry.uri for entry in adapter.status.history)):
-                self._owners[_key(uri)].add(adapter.uid)
-            for uri in (adapter.init_from, *(entry.origin for entry in adapter.status.history)):
-                self._starts[_key(uri)].add(adapter.uid)
-        for request in requests:
-            parent, result = request.status.parent, request.status.result
-            for uri in (request.lora_uri, parent.uri if parent else "", result.lora_uri if result else ""):
-                self._owners[_key(uri)].add(request.uid)
+    _uses: dict[str, set[Use]] = field(default_factory=dict)  # by key
+    _families: dict[str, set[str]] = field(default_factory=dict)  # keys
+    _named: dict[str, set[tuple[str, Use]]] = field(default_factory=dict)  # keys and uses by the object's uid
 
-    @classmethod
-    def of(cls, snapshot: Snapshot) -> References:
-        """As far as the snapshot knows."""
-        return cls(snapshot.adapters.values(), snapshot.unended())
+    def put_adapter(self, adapter: Adapter) -> None:
+        """An adapter came, or has changed."""
+        has, began = (Use(adapter.uid, adapter.namespace, how) for how in (How.HAS, How.BEGAN))
+        exists = adapter.status.head_seq > 0
+        wants = has if exists else Use(adapter.uid, adapter.namespace, How.WANTS)
+        wants_to_begin = began if exists else Use(adapter.uid, adapter.namespace, How.WANTS_TO_BEGIN)
+        named = [(adapter.status.uri, has), (adapter.init_from, wants_to_begin)]
+        named += [(adapter.spec.storage.uri, wants)] if adapter.spec else []
+        for entry in adapter.status.history:
+            named += [(entry.uri, has), (entry.origin, began)]
+        self._put(adapter.uid, named)
+
+    def put_request(self, request: Request) -> None:
+        """A request came that has not ended, or has changed."""
+        bare = request.name if request.bare else ""
+        has, wants = (Use(request.uid, request.namespace, how, bare) for how in (How.HAS, How.WANTS))
+        parent, result = request.status.parent, request.status.result
+        named = [(request.lora_uri, wants), (parent.uri if parent else "", has)]
+        # A worker wrote it, in a tenant's namespace perhaps.
+        named += [(result.lora_uri, wants)] if result else []
+        self._put(request.uid, named)
+
+    def _put(self, uid: str, named: list[tuple[str, Use]]) -> None:
+        self.remove(uid)
+        keys = {(key, use) for uri, use in named if uri and (key := _key(uri))}
+        for key, use in keys:
+            if key not in self._uses:
+                self._uses[key] = set()
+                self._families.setdefault(family(key), set()).add(key)
+            self._uses[key].add(use)
+        if keys:
+            self._named[uid] = keys
+
+    def remove(self, uid: str) -> None:
+        """The object is gone, or has ended."""
+        for key, use in self._named.pop(uid, ()):
+            uses = self._uses[key]
+            uses.discard(use)
+            if uses:
+                continue
+            del self._uses[key]
+            keys = self._families[family(key)]
+            keys.discard(key)
+            if not keys:
+                del self._families[family(key)]
+
+    def uses(self, key: str) -> Iterator[Use]:
+        """Who names the version of that key."""
+        return iter(self._uses.get(key, ()))
+
+    def relatives(self, root: str) -> Iterator[str]:
+        """Keys of all versions of the family of `root` that somebody names."""
+        return iter(self._families.get(family(root), ()))
+
+
+@dataclass(frozen=True)
+class References:
+    """Who needs which version, by an index and the permissions of the settings."""
+
+    index: Index
+    settings: Settings
+
+    def _uses(self, key: str) -> Iterator[Use]:
+        return (use for use in self.index.uses(key) if self._counts(use, key))
+
+    def _counts(self, use: Use, key: str) -> bool:
+        match use.how:
+            case How.WANTS:
+                return permitted(key, self.settings, use.namespace)
+            case How.WANTS_TO_BEGIN:
+                return may_fork(key, self.settings, use.namespace)
+            case _:
+                return True
 
     def needed(self, uri: str, adapter: Adapter) -> bool:
         """Whether another object needs a version of `adapter`, or any adapter, also this one, began as it."""
-        return bool(self._owners[_key(uri)] - {adapter.uid} or self._starts[_key(uri)])
-
-    def needed_by_others(self, uri: str, adapter: Adapter) -> bool:
-        """Whether an object other than `adapter` needs the version."""
-        return bool((self._owners[_key(uri)] | self._starts[_key(uri)]) - {adapter.uid})
+        begins = (How.BEGAN, How.WANTS_TO_BEGIN)
+        return any(use.uid != adapter.uid or use.how in begins for use in self._uses(_key(uri)))
 
     def siblings(self, root: str, adapter: Adapter) -> frozenset[str]:
         """Names of the versions of the family of `root` that objects other than `adapter` need."""
-        wanted, folder = family(root), _key(root).rpartition("/")[0] + "/"
-        beside_it = [uri for uri in {*self._owners, *self._starts} if uri.startswith(folder)]
+        own = _key(root)
         return frozenset(
-            uri.rpartition("/")[2]
-            for uri in beside_it
-            if family(uri) == wanted and self.needed_by_others(uri, adapter)
+            key.rpartition("/")[2]
+            for key in self.index.relatives(root)
             # Where the adapter began at another's version, that one's own uri is beside it, and never its to delete.
-            if uri == _key(root) or is_step_output(uri)
+            if (key == own or is_step_output(key)) and any(use.uid != adapter.uid for use in self._uses(key))
         )
+
+    def bare(self, root: str) -> dict[str, str]:
+        """Bare requests, unended, that train a version of the family of `root` or wait to: their names by uid."""
+        found = (use for key in self.index.relatives(root) for use in self._uses(key) if use.bare)
+        return {use.uid: use.bare for use in found}
 
 
 def family(uri: str) -> str:
     """What a version shares with all that is trained from it, step by step: the folder beside it and its name without
     our suffix; empty for what is no version's uri."""
     try:
-        return next_version_uri(uri, _ANY_TIME, _ANY_UID, 1)
+        return f"{parent_folder(uri)}/{base_name(uri)}"
     except UriInvalid:
         return ""
 
@@ -79,10 +166,10 @@ def beside(root: str, name: str) -> str:
     return Location(location.scheme, location.bucket, (*location.segments[:-1], name)).folder_uri
 
 
-@functools.lru_cache(maxsize=65_536)
 def _key(uri: str) -> str:
-    """One spelling, without the last slash; empty for what is no uri."""
+    """One spelling, without the last slash; empty for what is no uri of a version."""
     try:
-        return parse(uri).object_uri
+        location = parse(uri)
     except UriInvalid:
         return ""
+    return location.object_uri if location.segments else ""

@@ -38,8 +38,13 @@ async def release(api: Api, namespace: str, deployment: str, selector: str, stop
     """
     await _stop(api, namespace, deployment, selector, stop_seconds)
     held_back = 0
-    async for adapter in api.list(Kind.ADAPTER):
-        held_back += await _release(api, adapter)
+    try:
+        async for adapter in api.list(Kind.ADAPTER):
+            held_back += await _release(api, adapter)
+    except ApiException as error:
+        if error.status != HTTPStatus.NOT_FOUND:
+            raise
+        # The definition of adapters was deleted first, and all of them with it.
     return held_back
 
 

@@ -7,13 +7,14 @@ again, live, and what nobody needs is deleted. What somebody began to need in be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
 from claas_crds.reasons import ConditionType, Reason, describe
 from claas_operator import status
-from claas_operator.actions import Action, Collect, Describe, Forget, Note, StartDeletion
+from claas_operator.actions import Action, Collect, Describe, Forget, Note, OnAdapter, StartDeletion
 from claas_operator.operations import Answer, Desk
 from claas_operator.references import References, beside
 from claas_operator.snapshot import CLOCK_SKEW, Adapter, parse_time
@@ -29,34 +30,39 @@ MAX_KNOWN_CHARACTERS: Final = 120_000
 PATIENCE: Final = 10.0
 
 
-def plan_collection(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+def plan_collection(desk: Desk, references: References) -> Iterator[Action]:
     """The next step of deleting what `spec.retention` does not keep."""
     adapter, collecting = desk.adapter, desk.adapter.status.collecting
     if adapter.spec is None:
         return
-    root, deleted = adapter.spec.storage.uri, desk.done_at("delete")
+    root, deleted = adapter.spec.storage.uri, desk.done("delete") | desk.dead("restore")
     if gone := [name for name in collecting if name in deleted]:
         message = f"{len(gone)} versions were deleted"
         yield Forget(adapter=adapter, versions=tuple(gone), status=status.forgotten(adapter, gone, message, desk.now))
     elif not collecting:
         yield from _begin(desk, references)
     else:
-        needed = [name for name in collecting if references().needed(beside(root, name), adapter)]
-        yield from _delete(desk, root, [name for name in collecting if name not in needed])
-        yield from _give_back(desk, root, needed)
+        needed = [name for name in collecting if references.needed(beside(root, name), adapter)]
+        actions = [
+            *_delete(desk, root, [name for name in collecting if name not in needed]),
+            *_give_back(desk, root, needed),
+        ]
+        yield from actions
+        if not any(isinstance(action, OnAdapter) for action in actions):
+            yield from _tell(desk)
 
 
 def _delete(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
-    """A tombstone first, then the end."""
+    """A tombstone first, then the end; neither while something may still take tombstones off."""
+    if desk.at_work("restore"):
+        return
     marked, restored = desk.done_at("tombstone"), desk.done_at("restore")
     unmarked = [v for v in versions if v not in marked or (v in restored and restored[v] >= marked[v])]
     if unmarked:
-        yield from _tell(desk, desk.trouble("tombstone"))
         if start := desk.start("tombstone", _arguments("tombstone", root, _batch(unmarked)), PATIENCE):
             yield start
     elif versions:
         batch = _batch(versions)
-        yield from _tell(desk, desk.trouble("delete"))
         if start := desk.start("delete", _arguments("delete", root, batch), PATIENCE):
             yield StartDeletion(
                 manifest=start.manifest,
@@ -70,19 +76,18 @@ def _delete(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
 
 def _give_back(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
     """What somebody turned out to need loses its tombstone, and is collected no more."""
-    if not versions or desk.running("tombstone") is not None or desk.running("delete") is not None:
+    if not versions or desk.at_work("tombstone") or desk.at_work("delete"):
         return
     marked, restored = desk.done_at("tombstone"), desk.done_at("restore")
     back = [v for v in versions if v in restored and (v not in marked or marked[v] <= restored[v])]
     if back:
         yield Describe(adapter=desk.adapter, status=status.given_back(desk.adapter, back, desk.now))
         return
-    yield from _tell(desk, desk.trouble("restore"))
     if start := desk.start("restore", _arguments("restore", root, _batch(versions)), PATIENCE):
         yield start
 
 
-def _begin(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+def _begin(desk: Desk, references: References) -> Iterator[Action]:
     adapter, history = desk.adapter, desk.adapter.status.history
     if adapter.spec is None or len(history) <= adapter.spec.retention.keep_last:
         return
@@ -93,7 +98,7 @@ def _begin(desk: Desk, references: Callable[[], References]) -> Iterator[Action]
         desk.wake(due_at)
         return
     root = adapter.spec.storage.uri
-    going = _batch([name for name in surplus if not references().needed(beside(root, name), adapter)])
+    going = _batch([name for name in surplus if not references.needed(beside(root, name), adapter)])
     if going:
         yield Collect(adapter=adapter, versions=tuple(going), status=status.collecting(adapter, going, desk.now))
 
@@ -114,12 +119,18 @@ def _surplus(desk: Desk) -> list[str]:
     if adapter.spec is None:
         return []
     recent = list(dict.fromkeys(entry.version for entry in reversed(adapter.status.history)))
-    queue = desk.snapshot.queues.get((adapter.namespace, adapter.name), [])
-    unended = {adapter.active, *(request.uid for request in queue)} - {""}
+    unended = _unended(desk)
     kept = {adapter.status.version, adapter.rollback, *recent[: adapter.spec.retention.keep_last]}
     kept |= {*adapter.status.collecting}
     kept |= {entry.version for entry in adapter.status.history if entry.request_uid in unended}
     return [name for name in reversed(recent) if name not in kept]
+
+
+def _unended(desk: Desk) -> set[str]:
+    """Uids of the requests on the adapter that may still commit what they have made."""
+    adapter = desk.adapter
+    queue = desk.snapshot.queues.get((adapter.namespace, adapter.name), [])
+    return {adapter.active, *(request.uid for request in queue)} - {""}
 
 
 def _batch(versions: Sequence[str]) -> list[str]:
@@ -137,9 +148,10 @@ def _arguments(command: str, root: str, versions: Sequence[str]) -> list[str]:
     return [command, "--root", root, "--versions", ",".join(versions)]
 
 
-def _tell(desk: Desk, trouble: str) -> Iterator[Action]:
-    """Says what collection waits for, when there is something to say."""
-    adapter, message = desk.adapter, trouble or describe(Reason.COLLECTING)
+def _tell(desk: Desk) -> Iterator[Action]:
+    """Says what collection waits for, when there is something to say: once, or two troubles would take turns."""
+    troubles = [desk.trouble(operation) for operation in ("tombstone", "delete", "restore")]
+    adapter, message = desk.adapter, "; ".join(filter(None, troubles)) or describe(Reason.COLLECTING)
     if not status.adapter_says(adapter, ConditionType.COLLECTED, Reason.COLLECTING, message):
         yield Describe(adapter=adapter, status=status.collection_waits(adapter, message, desk.now))
 
@@ -147,7 +159,7 @@ def _tell(desk: Desk, trouble: str) -> Iterator[Action]:
 # Orphans
 
 
-def plan_sweep(desk: Desk, references: Callable[[], References]) -> Iterator[Action]:
+def plan_sweep(desk: Desk, references: References) -> Iterator[Action]:
     """Once in a while a Job looks beside the adapter for interrupted uploads and for versions that nobody names."""
     adapter, timings = desk.adapter, desk.settings.timings
     interval = timedelta(seconds=timings.sweep_seconds)
@@ -157,22 +169,36 @@ def plan_sweep(desk: Desk, references: Callable[[], References]) -> Iterator[Act
     if desk.now < due_at:
         desk.wake(due_at)
         return
+    if adapter.sweep_at is None:
+        first = desk.now + _spread(adapter, interval)
+        yield Describe(adapter=adapter, status=status.swept(adapter, first, desk.now))
+        return
     since = due_at - min(CLOCK_SKEW, interval / 4)
     latest = desk.of("sweep")[-1:]
     if latest and latest[0].created >= since and latest[0].finished is not None:
         answer = desk.answers("sweep").get(latest[0].name)
         note = _swept(adapter, answer) if answer and answer.ok else None
         yield Describe(adapter=adapter, status=status.swept(adapter, desk.now + interval, desk.now), note=note)
-    elif desk.running("sweep") is None and (known := _known(adapter, references())):
+    elif desk.may_start("sweep", PATIENCE) and (known := _known(adapter, references)):
+        unended = ",".join(sorted(_unended(desk) | {*references.bare(adapter.spec.storage.uri)}))
+        if len(unended) >= MAX_KNOWN_CHARACTERS:
+            return  # thousands wait: orphans can as well
         arguments = [
             "sweep",
             *("--root", adapter.spec.storage.uri),
             *("--known", known),
             *("--grace-seconds", str(timings.orphan_grace_seconds)),
             *("--adapter-uid", adapter.uid),
+            *(("--unended", unended) if unended else ()),
         ]
         if start := desk.start("sweep", arguments, PATIENCE):
             yield start
+
+
+def _spread(adapter: Adapter, interval: timedelta) -> timedelta:
+    """A part of `interval`: adapters made together, or met by a new operator, are not swept all at once."""
+    share: float = zlib.crc32(adapter.uid.encode()) / 2**32
+    return interval * share
 
 
 def _swept(adapter: Adapter, answer: Answer) -> Note | None:

@@ -50,9 +50,13 @@ class Prefix(_Part):
     @classmethod
     def _is_uri(cls, uri: str) -> str:
         try:
-            parse(uri.replace("{namespace}", "any"))
+            location = parse(uri.replace("{namespace}", "any"))
+            fixed = parse(uri.replace("{namespace}", "another"))
         except UriInvalid as error:
             raise ValueError(str(error)) from error
+        if location.bucket != fixed.bucket:
+            # A namespace's name may be longer than a bucket's, or "..", and one bucket's keys open one bucket.
+            raise ValueError(f"{uri!r} has {{namespace}} in its bucket: put it into the path")
         return uri
 
 

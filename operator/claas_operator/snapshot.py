@@ -22,6 +22,7 @@ from claas_crds.adapter import LoraAdapterSpec, LoraAdapterStatus
 from claas_crds.model import Condition, explain, refusal
 from claas_crds.reasons import ConditionType, Outcome, Reason
 from claas_crds.request import DistillRequestSpec, DistillRequestStatus, Result
+from claas_operator.references import Index
 
 Raw = Mapping[str, Any]
 
@@ -208,6 +209,7 @@ class Job(Entry):
     pool: str
     operation: str
     adapter_uid: str
+    made_for: int  # generation of the adapter that it was made for
     finished: datetime | None
     failed: bool
     message: str
@@ -270,6 +272,8 @@ class Snapshot:
     queues: dict[tuple[str, str], list[Request]] = field(default_factory=dict)
     expiring: dict[str, Request] = field(default_factory=dict)
     served: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    # Who names which version.
+    named: Index = field(default_factory=Index)
     _by_name: dict[tuple[Kind, str, str], str] = field(default_factory=dict)
 
     def table(self, kind: Kind) -> dict[str, Any]:
@@ -367,16 +371,22 @@ class Snapshot:
             if entry.ended is None:
                 queue = self.queues.setdefault((entry.namespace, entry.adapter_name), [])
                 bisect.insort(queue, entry, key=_order)
+                self.named.put_request(entry)
             elif entry.ttl is not None:
                 self.expiring[entry.uid] = entry
+        elif isinstance(entry, Adapter):
+            self.named.put_adapter(entry)
         elif isinstance(entry, Lease):
             for uid in entry.running:
                 if uid not in self.requests:
                     self.strangers.setdefault(uid, now)
 
     def _unindex(self, entry: AnyEntry) -> None:
+        if isinstance(entry, Adapter):
+            self.named.remove(entry.uid)
         if not isinstance(entry, Request):
             return
+        self.named.remove(entry.uid)
         self.expiring.pop(entry.uid, None)
         if entry.worker:
             served = self.served[entry.worker]
@@ -600,10 +610,16 @@ def _job(raw: Raw, common: dict[str, Any], component: str, pool: str, labels: Ra
         pool=pool,
         operation=labels.get(names.OPERATION_LABEL, ""),
         adapter_uid=labels.get(names.ADAPTER_UID_LABEL, ""),
+        made_for=_number(labels.get(names.GENERATION_LABEL, "")) or 1,
         finished=(parse_time(end.get("lastTransitionTime")) or common["created"]) if end else None,
         failed="Failed" in final,
         message=f"{end.get('reason', '')}: {end.get('message', '')}" if end and "Failed" in final else "",
     )
+
+
+def _number(text: str) -> int:
+    """Zero for what is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
 def _lease(raw: Raw, common: dict[str, Any], now: datetime, known: Lease | None) -> Lease:

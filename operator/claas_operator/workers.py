@@ -47,6 +47,7 @@ class Fleet:
     starting: Counter[Scope] = field(default_factory=Counter)  # worker Jobs on their way to Ready
     alive: Counter[Scope] = field(default_factory=Counter)  # worker Jobs that hold, or will hold, a GPU
     draining: Counter[Scope] = field(default_factory=Counter)  # of these, the ones that take nothing more
+    served: Counter[tuple[str, str]] = field(default_factory=Counter)  # by a worker's namespace and name
     trouble: dict[Scope, str] = field(default_factory=dict)  # why a worker does not start
 
     def take(self, scope: Scope, but: str = "") -> str | None:
@@ -75,18 +76,43 @@ def lost(pod: Pod | None) -> bool:
     return pod is None or pod.over
 
 
+def workplace(request: Request, snapshot: Snapshot, settings: Settings) -> str:
+    """The namespace where the workers of the request's pool run.
+
+    A worker is known by it and its name: anybody may give a Pod in their own namespace the name of a Shared worker.
+    """
+    adapter = snapshot.adapter(request.namespace, request.adapter_name) if request.adapter_name else None
+    chosen = request.pool if request.bare else adapter.spec.pool if adapter and adapter.spec else ""
+    pool = settings.pool(chosen or settings.default_pool)
+    return request.namespace if pool is not None and pool.isolation == "Namespace" else settings.namespace
+
+
 def pod_of(request: Request, snapshot: Snapshot, settings: Settings) -> Pod | None:
-    """The Pod that a request is bound to: in the release's namespace, or beside the request (isolation Namespace)."""
-    return snapshot.pod(settings.namespace, request.worker) or snapshot.pod(request.namespace, request.worker)
+    """The Pod that a request is bound to: where the workers of its pool run, or where it ran before its adapter's pool
+    was changed."""
+    home = workplace(request, snapshot, settings)
+    places = (home, settings.namespace if home != settings.namespace else request.namespace)
+    found = (snapshot.pod(place, request.worker) for place in places)
+    return next((pod for pod in found if pod is not None and works_for(pod, settings)), None)
+
+
+def works_for(pod: Pod, settings: Settings) -> bool:
+    """Whether a Pod is a worker's and lies where its pool's workers run; one of a pool that is no more may."""
+    pool = settings.pool(pod.pool)
+    tenants = pool is None or pool.isolation == "Namespace"
+    return pod.component == names.COMPONENT_WORKER and (tenants or pod.namespace == settings.namespace)
 
 
 def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) -> Fleet:
     """What every scope has."""
     fleet = Fleet()
-    load: Counter[str] = Counter(r.worker for r in snapshot.unended() if r.worker and r.result is None)
+    fleet.served = _served(snapshot, settings)
+    load: Counter[tuple[str, str]] = Counter(
+        (workplace(r, snapshot, settings), r.worker) for r in snapshot.unended() if r.worker and r.result is None
+    )
     for action in snapshot.in_flight.values():
         if isinstance(action, (Bind, Lock)) and action.worker:
-            load[action.worker] += 1
+            load[workplace(action.request, snapshot, settings), action.worker] += 1
     pods_of_job: dict[tuple[str, str], Pod] = {}
     for pod in snapshot.pods.values():
         if pod.component != names.COMPONENT_WORKER or pod.over:
@@ -101,9 +127,13 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
         if stale(lease, snapshot, settings, now):
             continue
         wake(stale_at(lease, snapshot, settings))
-        served = len(snapshot.served.get(pod.name, ()))
-        slots = min(pool.batch - load[pod.name], pool.max_requests - served)
-        fleet.ready[scope].append(Worker(pod.name, load[pod.name], slots))
+        if not works_for(pod, settings):
+            continue
+        if pod.namespace != settings.namespace and snapshot.pod(settings.namespace, pod.name) is not None:
+            continue  # no accident: what is bound to it could be taken for the Shared worker's
+        key = (pod.namespace, pod.name)
+        slots = min(pool.batch - load[key], pool.max_requests - fleet.served[key])
+        fleet.ready[scope].append(Worker(pod.name, load[key], slots))
     for job in _unfinished(snapshot):
         scope = (job.pool, job.namespace)
         fleet.alive[scope] += 1
@@ -126,6 +156,18 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
     return fleet
 
 
+def _served(snapshot: Snapshot, settings: Settings) -> Counter[tuple[str, str]]:
+    """How many requests were bound to each worker, by namespace and name, as far as they are still there."""
+    if all(pool.isolation == "Shared" for pool in settings.pools):
+        return Counter({(settings.namespace, worker): len(uids) for worker, uids in snapshot.served.items()})
+    return Counter(
+        (workplace(request, snapshot, settings), worker)
+        for worker, uids in snapshot.served.items()
+        for uid in uids
+        if (request := snapshot.requests.get(uid)) is not None
+    )
+
+
 def _unfinished(snapshot: Snapshot) -> Iterator[Job]:
     for job in snapshot.jobs.values():
         if job.component == names.COMPONENT_WORKER and job.finished is None and job.deleting is None:
@@ -140,7 +182,7 @@ def start_workers(
     Args:
         waiting: requests of each scope that could run now if there were a worker.
     """
-    served_jobs = {worker.rpartition("-")[0] for worker in snapshot.served}
+    served_jobs = {(namespace, worker.rpartition("-")[0]) for namespace, worker in fleet.served}
     for pool in settings.pools:
         scopes = {scope for scope in (*waiting, *fleet.alive) if scope[0] == pool.name}
         if pool.isolation == "Shared":
@@ -170,7 +212,7 @@ def start_workers(
                 yield StartJob(manifest=manifest, pool=pool.name)
 
 
-def _failures_at_start(jobs: Iterable[Job], served_jobs: set[str]) -> list[Job]:
+def _failures_at_start(jobs: Iterable[Job], served_jobs: set[tuple[str, str]]) -> list[Job]:
     """The latest Jobs, newest first, that failed before anything was bound to them: starting more would not help.
 
     Jobs that are still on their way say nothing yet and are passed over.
@@ -179,7 +221,7 @@ def _failures_at_start(jobs: Iterable[Job], served_jobs: set[str]) -> list[Job]:
     for job in sorted(jobs, key=lambda job: job.counter, reverse=True):
         if job.finished is None:
             continue
-        if not job.failed or job.name in served_jobs:
+        if not job.failed or (job.namespace, job.name) in served_jobs:
             break
         failures.append(job)
     return failures

@@ -273,6 +273,33 @@ def test_a_token_without_a_pod_writes_nothing(
     assert "only a token bound to a Pod" in refused(patch, stolen, name, claim(workers[0].name))
 
 
+def test_a_namesake_in_another_namespace_is_not_the_worker(
+    kubectl: Kubectl, control_plane: ControlPlane, workers: list[Worker]
+) -> None:
+    """A token says which Pod it is bound to by name alone, and a tenant names its Pods as it likes."""
+    mine, tenant = workers[0], restricted_namespace(kubectl)
+    request = request_bound_to(kubectl, mine.name)
+    role = next(o for o in kubectl.get("clusterroles") if o["metadata"]["name"].endswith(f"{RELEASE}-worker"))
+    account = f"--serviceaccount={tenant}:default"
+    binding = ("rolebinding", f"{tenant}-worker", f"--clusterrole={role['metadata']['name']}", account)
+    kubectl("create", *binding, "-n", "default")
+    template = worker_template()
+    template["spec"]["serviceAccountName"] = "default"
+    kubectl.apply(pod_of(template, mine.name), namespace=tenant)
+    bound = ("--bound-object-kind", "Pod", "--bound-object-name", mine.name)
+    namesake = as_token(kubectl, control_plane.url, kubectl("create", "token", "default", "-n", tenant, *bound))
+    said = ""
+
+    def seen() -> bool:
+        nonlocal said
+        said = refused(patch, namesake, request, claim(mine.name))
+        return "cannot patch resource" not in said
+
+    until("the role binding", seen)
+    assert f"do not run in the namespace of system:serviceaccount:{tenant}:default" in said
+    patch(mine.client, request, claim(mine.name))
+
+
 def test_a_worker_changes_no_spec_and_creates_nothing(kubectl: Kubectl, workers: list[Worker]) -> None:
     mine, _ = workers
     name = request_bound_to(kubectl, mine.name)

@@ -7,7 +7,18 @@ import re
 import pytest
 import yaml
 
-from chart.rendering import CHART, VARIANTS, Helm, Object, containers, environment, only, pod_templates, settings_of
+from chart.rendering import (
+    CHART,
+    NAMESPACE,
+    VARIANTS,
+    Helm,
+    Object,
+    containers,
+    environment,
+    only,
+    pod_templates,
+    settings_of,
+)
 from claas_crds.adapter import LoraAdapterSpec
 from claas_crds.request import DistillRequestSpec
 from claas_operator.settings import Settings
@@ -396,3 +407,25 @@ def test_notes_name_the_next_commands(helm: Helm) -> None:
     adapter, request = yaml.safe_load_all(example)
     assert LoraAdapterSpec.model_validate(adapter["spec"]).base_model == "Qwen/Qwen2.5-Coder-3B-Instruct"
     assert DistillRequestSpec.model_validate(request["spec"]).adapter_ref.name == adapter["metadata"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("pools", "places"),
+    [
+        ("pools[0].name=a", "['HOME']"),
+        ("pools[0].name=a,pools[0].isolation=Namespace,pools[0].modelClaim=m", "[request.namespace]"),
+        (
+            "pools[0].name=a,pools[1].name=b,pools[1].isolation=Namespace,pools[1].modelClaim=m",
+            "['HOME', request.namespace]",
+        ),
+    ],
+)
+def test_the_admission_policy_knows_where_workers_run(helm: Helm, pools: str, places: str) -> None:
+    """Elsewhere, or in another tenant's namespace, a Pod may have any worker's name."""
+    objects = helm.render("--set", pools)
+    policies = [o for o in objects if o["kind"] == "ValidatingAdmissionPolicy"]
+    policy = next(o for o in policies if o["metadata"]["name"].endswith("request-status"))
+    assert any(
+        f"account[2] in {places.replace('HOME', NAMESPACE)}" in rule["expression"]
+        for rule in policy["spec"]["validations"]
+    )

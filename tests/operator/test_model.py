@@ -9,6 +9,7 @@ it got, a calm world ends every request.
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,6 +27,7 @@ from claas_operator.apply import Apply, Lost
 from claas_operator.plan import plan
 from claas_operator.references import beside
 from claas_operator.snapshot import Kind, Snapshot
+from claas_store.uris import next_version_uri
 from operatorkit import (
     HOME,
     NOW,
@@ -421,7 +423,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
         if raw and (raw["status"].get("worker"), raw["status"].get("attempt")) == (worker.name, attempt):
             body: Raw = {"attempt": attempt, "outcome": outcome, "reason": outcome, "at": format_time(self.now)}
             if outcome == "Succeeded":
-                uri = f"{parent.rstrip('/')}-{uid}-a{attempt}/"
+                uri = next_version_uri(parent, format_time(self.now), f"{zlib.crc32(uid.encode()):08x}", attempt)
                 self.parents[uri] = parent
                 self.there.add(uri)
                 body |= {"loraUri": uri, "metadata": NUMBERS}

@@ -41,8 +41,10 @@ from operatorkit import (
     format_time,
     job,
     later,
+    lease,
     only,
     operation_labels,
+    pod,
     request,
     result,
     settings,
@@ -288,6 +290,40 @@ def test_what_is_wrong_with_a_source_has_its_own_reason_and_requests_say_it() ->
     assert "AdapterInvalid: key x.lora_A.weight is missing" in waiting.status["conditions"][-1]["message"]
 
 
+NOTHING_THERE = {"ok": False, "reason": "AdapterInvalid", "message": "nothing there", "retryable": False}
+MADE = {"ok": True, "uri": f"{PREFIX}coder/", "version": "coder"}
+
+
+def test_what_the_store_refused_is_tried_again_once_the_adapter_was_changed() -> None:
+    new = adapter(head=0, spec={"initFrom": {"uri": uri("src")}})
+    (start,) = about(decide(new), StartJob)
+    assert isinstance(start, StartJob)
+    assert start.manifest["metadata"]["labels"][names.GENERATION_LABEL] == "1"
+    told = after(new, only(decide(new, *answered("create", NOTHING_THERE)), Describe))
+    assert not decide(told, *answered("create", NOTHING_THERE)).actions
+    told["metadata"]["generation"] = 2
+    (again,) = about(decide(told, *answered("create", NOTHING_THERE), at=60), StartJob)
+    assert again.about.endswith("-create-uidcoder-2")
+    assert isinstance(again, StartJob)
+    assert again.manifest["metadata"]["labels"][names.GENERATION_LABEL] == "2"
+    second = answered("create", NOTHING_THERE, 2)
+    second[0]["metadata"]["labels"][names.GENERATION_LABEL] = "2"
+    (say,) = about(decide(told, *answered("create", NOTHING_THERE), *second, at=60), Describe)
+    assert isinstance(say, Describe)
+    assert condition(say.status, "Ready")["message"] == "nothing there"
+
+
+def test_a_version_that_was_made_counts_whatever_failed_before_it() -> None:
+    new = adapter(head=0, spec={"initFrom": {"uri": uri("src")}})
+    bad, good = answered("create", NOTHING_THERE), answered("create", MADE, 2)
+    told = after(new, only(decide(new, *bad), Describe))
+    assert only(decide(new, *bad, *good), Fold)
+    assert only(decide(told, *bad, *good), Fold), "also when the failure was told already"
+    other = answer_pod("claas-create-uidcoder-1", MADE)
+    other["metadata"] |= {"name": "later", "uid": "uid-later"}
+    assert only(decide(told, *bad, other), Fold), "another Pod of the same Job"
+
+
 def test_operations_of_a_tenant_s_pool_run_as_the_tenant() -> None:
     theirs = {"spec": {"serviceAccountName": "tenant", "containers": [{"name": "operation", "image": "x"}]}}
     using = settings(pool={"isolation": "Namespace", "operationTemplate": theirs})
@@ -335,7 +371,8 @@ def test_a_deleted_adapter_s_versions_go_by_a_job_and_then_it_goes() -> None:
     assert isinstance(start, StartDeletion)
     assert start.about == f"{HOME}/claas-destroy-uidcoder-1"
     arguments = start.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments == ["destroy", "--root", uri("coder")]
+    assert arguments[:3] == ["destroy", "--root", uri("coder")]
+    assert arguments[3:] == ["--adapter-uid", "uid-coder", "--grace-seconds", "86400"]
     (say,) = about(made, Describe)
     assert isinstance(say, Describe)
     assert condition(say.status, "Ready")["reason"] == Reason.DELETING
@@ -449,7 +486,49 @@ def test_others_keep_what_they_need_of_a_deleted_adapter() -> None:
     (start,) = about(decide(held_back(deleted=True), fork, other), StartDeletion)
     assert isinstance(start, StartDeletion)
     arguments = start.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments[-2:] == ["--keep", "coder-20260101-000000-0123abcd"], "a namesake's are none of its own"
+    assert arguments[3:5] == ["--keep", "coder-20260101-000000-0123abcd"], "a namesake's are none of its own"
+
+
+LATER_ONE = "coder-20260101-000000-0123abcd"
+
+
+@pytest.mark.parametrize(
+    "bare",
+    [
+        request("b", "", spec={"loraUri": uri(LATER_ONE)}),
+        request(
+            "b",
+            "",
+            spec={"loraUri": uri(LATER_ONE)},
+            status=bound(WORKER, adapter="") | {"parent": {"uri": uri(LATER_ONE)}} | claim(WORKER),
+        ),
+    ],
+)
+def test_a_deletion_waits_for_requests_that_train_a_version_without_the_adapter(bare: Raw) -> None:
+    deleted = held_back(deleted=True)
+    made = decide(deleted, bare, *workers(WORKER), at=1)
+    assert not about(made, StartJob)
+    (say,) = about(made, Describe)
+    assert isinstance(say, Describe)
+    assert "without an adapter still train" in condition(say.status, "Ready")["message"]
+    (left,) = about(decide(after(deleted, say), bare, *workers(WORKER), at=900), Finalize)
+    assert left.note is not None
+    assert "without an adapter still train" in left.note.message
+    elsewhere = request("b", "", namespace="mallory", spec={"loraUri": uri(LATER_ONE)})
+    assert about(decide(deleted, elsewhere), StartDeletion), "a request that is refused holds nothing up"
+
+
+def test_what_a_deletion_left_to_others_is_told() -> None:
+    (change,) = about(
+        decide(held_back(deleted=True), *answered("destroy", {"ok": True, "kept": [LATER_ONE]})), Finalize
+    )
+    assert isinstance(change, Finalize)
+    assert change.finalizers == ()
+    assert change.note is not None
+    assert change.note.reason == Reason.VERSIONS_LEFT
+    assert LATER_ONE in change.note.message
+    (silent,) = about(decide(held_back(deleted=True), *answered("destroy", {"ok": True, "kept": []})), Finalize)
+    assert silent.note is None
 
 
 def test_an_adapter_that_began_inside_another_s_versions_takes_none_of_them_along() -> None:
@@ -518,6 +597,40 @@ def test_what_anybody_needs_is_not_collected(needs: Raw, kept: str) -> None:
     assert set(collect.versions) == {"v0", "v1", "v2"} - {kept}
 
 
+def mallory(spec: Raw) -> Raw:
+    """An object of another tenant, which may not read what is ours; `spec` names it all the same."""
+    return adapter("mallory", namespace="mallory", head=0, spec=spec)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        mallory({"initFrom": {"uri": uri("v1")}}),
+        mallory({"storage": {"uri": uri("v1")}}),
+        request("r", "", namespace="mallory", spec={"loraUri": uri("v1")}),
+    ],
+)
+def test_nobody_holds_another_tenant_s_versions_by_an_object_that_is_refused(refused: Raw) -> None:
+    many = trained("v0", "v1", "v2", "v3", "v4", spec=KEEP_TWO)
+    (collect,) = about(decide(many, refused, at=60), Collect)
+    assert isinstance(collect, Collect)
+    assert collect.versions == ("v0", "v1", "v2")
+
+
+def test_nobody_keeps_another_tenant_s_versions_from_being_deleted_with_their_adapter() -> None:
+    (start,) = about(decide(held_back(deleted=True), mallory({"storage": {"uri": uri("coder")}})), StartDeletion)
+    assert isinstance(start, StartDeletion)
+    assert not start.kept
+
+
+def test_a_fork_that_is_allowed_holds_its_source_before_it_was_made() -> None:
+    many = trained("v0", "v1", "v2", "v3", "v4", spec=KEEP_TWO)
+    lent = settings(storage=OTHERS | {"forkPrefixes": [{"namespace": "mallory", "uri": PREFIX}]})
+    (collect,) = about(decide(many, mallory({"initFrom": {"uri": uri("v1")}}), at=60, using=lent), Collect)
+    assert isinstance(collect, Collect)
+    assert collect.versions == ("v0", "v2")
+
+
 def test_the_target_of_a_rollback_that_waits_is_not_collected() -> None:
     waiting = trained("v0", "v1", "v2", "v3", spec=KEEP_TWO | {"rollbackTo": "v0"}, generation=2, active=active("r"))
     told = after(waiting, about(decide(waiting, request("r"), at=60), Describe)[0])
@@ -571,6 +684,55 @@ def test_what_was_needed_at_the_last_look_is_given_back_and_the_rest_goes() -> N
     assert mark.about.endswith("-mark-uidcoder-2"), "the tombstone of the first time is gone"
 
 
+def at_it(operation: str, counter: int = 1) -> Raw:
+    """A Pod that still runs, whatever became of its Job."""
+    return answer_pod(create_job(operation, counter)["metadata"]["name"], "", "Running")
+
+
+@pytest.mark.parametrize("busy", [[create_job("restore")], [at_it("restore")]])
+@pytest.mark.parametrize("marked", [True, False])
+def test_nothing_is_marked_or_deleted_while_tombstones_may_still_be_taken_off(busy: list[Raw], marked: bool) -> None:
+    """Or a fork that came and went would leave a version half deleted that says it is alive."""
+    going = trained("v0", "v1", "v2", "v3", spec=KEEP_TWO, collecting=["v0"])
+    before = answered("tombstone", {"ok": True, "done": ["v0"]}) if marked else []
+    assert not about(decide(going, *before, *busy, at=5), StartJob)
+    assert about(decide(going, *before, at=5), StartJob)
+
+
+@pytest.mark.parametrize("operation", ["tombstone", "delete"])
+def test_nothing_is_given_back_while_a_pod_may_still_mark_or_delete_it(operation: str) -> None:
+    going = trained("v0", "v1", "v2", "v3", spec=KEEP_TWO, collecting=["v0"])
+    fork = adapter("fork", spec={"initFrom": {"uri": uri("v0")}})
+    assert not about(decide(going, fork, at_it(operation)), StartJob)
+    (restore,) = about(decide(going, fork), StartJob)
+    assert restore.about.endswith("-restore-uidcoder-1")
+
+
+def test_what_cannot_come_back_is_forgotten_and_holds_nothing_up() -> None:
+    going = trained("v0", "v1", "v2", "v3", spec=KEEP_TWO, collecting=["v0", "v1"])
+    forks = [adapter(f"fork-{v}", spec={"initFrom": {"uri": uri(v)}}) for v in ("v0", "v1")]
+    restored = answered("restore", {"ok": True, "done": ["v1"], "dead": ["v0"]})
+    forget = only(decide(going, *forks, *restored), Forget)
+    assert isinstance(forget, Forget)
+    assert forget.versions == ("v0",)
+    back = only(decide(after(going, forget), *forks, *restored), Describe)
+    assert isinstance(back, Describe)
+    assert back.status["collecting"] == []
+
+
+def test_two_operations_in_trouble_are_told_once() -> None:
+    down = {"ok": False, "reason": "StorageUnavailable", "message": "no answer", "retryable": True}
+    going = trained("v0", "v1", "v2", "v3", spec=KEEP_TWO, collecting=["v0", "v1"])
+    fork = adapter("fork", spec={"initFrom": {"uri": uri("v0")}})
+    world = [fork, *answered("tombstone", down), *answered("restore", down)]
+    say = only(decide(going, *world, at=10), Describe)
+    assert isinstance(say, Describe)
+    message = condition(say.status, "Collected")["message"]
+    assert "claas-mark-uidcoder-1 failed" in message
+    assert "claas-restore-uidcoder-1 failed" in message
+    assert not decide(after(going, say), *world, at=10).actions
+
+
 def test_a_store_that_refuses_deletions_is_not_asked_in_a_hot_loop() -> None:
     going = trained("v0", "v1", "v2", spec=KEEP_TWO, collecting=["v0"])
     denied = answered("tombstone", {"ok": False, "reason": "StorageDenied", "message": "403", "retryable": False})
@@ -594,7 +756,8 @@ def test_names_of_a_batch_fit_into_an_answer() -> None:
 
 def test_orphans_are_looked_for_once_a_day_with_every_name_that_anybody_knows() -> None:
     day = 86_400.0
-    two = trained("coder", "coder-20260101-000000-0123abcd", spec={"retention": {"keepLast": 5}})
+    history = ("coder", "coder-20260101-000000-0123abcd")
+    two = trained(*history, spec={"retention": {"keepLast": 5}}, sweepAt=format_time(later(day)))
     bare = request("r", "", spec={"loraUri": uri("coder-20260202-000000-0123abcd"), "priority": 1})
     assert not about(decide(two, at=day - 1), StartJob)
     starts = [a for a in about(decide(two, bare, at=day), StartJob) if "sweep" in a.about]
@@ -602,7 +765,7 @@ def test_orphans_are_looked_for_once_a_day_with_every_name_that_anybody_knows() 
     arguments = starts[0].manifest["spec"]["template"]["spec"]["containers"][0]["args"]
     known = "coder,coder-20260101-000000-0123abcd,coder-20260202-000000-0123abcd"
     given = ["--root", uri("coder"), "--known", known, "--grace-seconds", "86400", "--adapter-uid", "uid-coder"]
-    assert arguments == ["sweep", *given]
+    assert arguments == ["sweep", *given, "--unended", "uid-r"]
     done = answered("sweep", {"ok": True, "interrupted": 2, "orphans": 0, "uploads": 1, "kept": 5})
     for raw in done:
         raw["metadata"]["creationTimestamp"] = format_time(later(day))
@@ -614,6 +777,27 @@ def test_orphans_are_looked_for_once_a_day_with_every_name_that_anybody_knows() 
     rested = after(two, swept)
     assert not decide(rested, *done, at=2 * day - 1).actions
     assert about(decide(rested, *done, at=2 * day), StartJob)
+
+
+def test_a_sweep_leaves_alone_what_unended_requests_have_made() -> None:
+    """Their version is in no history yet, and older than the grace perhaps: the operator was away for a day."""
+    held = adapter(status={"active": active("gone"), "sweepAt": format_time(later(86_400))})
+    waiting, others = request("q"), request("other", "someone-else")
+    bare = request("b", "", spec={"loraUri": uri("coder-20260202-000000-0123abcd")})
+    world = [held, waiting, others, bare, lease("w", running="uid-gone"), pod("w")]
+    (sweep,) = [a for a in about(decide(*world, at=86_400), StartJob) if "sweep" in a.about]
+    assert isinstance(sweep, StartJob)
+    arguments = sweep.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert arguments[-2:] == ["--unended", "uid-b,uid-gone,uid-q"]
+
+
+def test_the_first_sweeps_of_many_adapters_are_spread_over_an_interval() -> None:
+    made = decide(*(adapter(f"a{i}", uid=f"{i:08x}-1111") for i in range(300)), at=90_000)
+    assert not about(made, StartJob)
+    times = sorted(say.status["sweepAt"] for say in about(made, Describe) if isinstance(say, Describe))
+    assert len(times) == 300
+    assert format_time(later(90_000)) <= times[0] < times[75] < format_time(later(90_000 + 43_200)) < times[225]
+    assert times[-1] < format_time(later(90_000 + 86_400))
 
 
 def test_orphans_are_looked_for_sooner_after_an_attempt_was_lost() -> None:

@@ -170,7 +170,7 @@ def test_a_success_moves_the_head_once_and_only_then_completes() -> None:
     reported = request("r", status=bound(WORKER) | claim(WORKER, at=later(1)) | result())
     commit = only(decide(held, reported, *workers(WORKER)), Commit)
     assert isinstance(commit, Commit)
-    assert (commit.status["headSeq"], commit.status["uri"]) == (2, f"{PREFIX}coder-next/")
+    assert (commit.status["headSeq"], commit.status["uri"]) == (2, f"{PREFIX}coder-20260501-120000-0badcafe/")
     assert commit.status["active"] is None
     assert commit.status["history"][-1]["requestUid"] == "uid-r"
     assert commit.status["totals"] == {"steps": 1, "tokens": 64}
@@ -181,7 +181,7 @@ def test_a_success_moves_the_head_once_and_only_then_completes() -> None:
     assert done.status["state"] == "Complete"
     assert done.status["metadata"] == NUMBERS
     assert done.status["timings"] == {"queueMs": 0, "claimMs": 1000, "stepMs": 7}
-    assert done.status["version"] == "coder-next"
+    assert done.status["version"] == "coder-20260501-120000-0badcafe"
     assert condition(done.status, "Complete")["reason"] == Reason.SUCCEEDED
 
 
@@ -251,10 +251,13 @@ def test_nothing_to_learn_completes_without_a_commit_and_frees() -> None:
 
 
 def test_a_bare_success_is_its_own_commit() -> None:
-    status = bound(WORKER, adapter="") | claim(WORKER) | result(uri=f"{PREFIX}bare-next/")
+    status = bound(WORKER, adapter="") | claim(WORKER) | result(uri=f"{PREFIX}bare-20260501-120000-0bad0bad/")
     done = only(decide(request("r", "", status=status), *workers(WORKER)), Complete)
     assert isinstance(done, Complete)
-    assert (done.status["loraUri"], done.status["version"]) == (f"{PREFIX}bare-next/", "bare-next")
+    assert (done.status["loraUri"], done.status["version"]) == (
+        f"{PREFIX}bare-20260501-120000-0bad0bad/",
+        "bare-20260501-120000-0bad0bad",
+    )
 
 
 def test_a_version_outside_the_namespaces_prefixes_never_becomes_a_head() -> None:
@@ -551,3 +554,14 @@ def test_a_namespace_pool_binds_to_workers_of_the_requests_namespace_only() -> N
     beside = [pod(WORKER, namespace="team"), lease(WORKER, namespace="team"), job("claas-l40s-1", namespace="team")]
     assert about(decide(request("r", ""), *beside, using=own), Bind)
     assert HOME != "team"
+
+
+@pytest.mark.parametrize("where", ["elsewhere/x", "other-20260501-120000-0badcafe", "coder-next", "a/coder"])
+def test_a_version_that_is_not_beside_its_parent_is_not_used(where: str) -> None:
+    held = adapter(status={"active": active("r")})
+    reported = request("r", status=bound(WORKER) | claim(WORKER) | result(uri=f"{PREFIX}{where}/"))
+    made = decide(held, reported, *workers(WORKER))
+    assert not about(made, Commit)
+    (end,) = about(made, End)
+    assert isinstance(end, End)
+    assert end.reason == Reason.INTERNAL_ERROR

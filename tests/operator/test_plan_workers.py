@@ -6,8 +6,9 @@ from datetime import timedelta
 
 import pytest
 
+from claas_crds import names
 from claas_crds.reasons import Reason
-from claas_operator.actions import Bind, Describe, Fault, Fence, Fold, Free, Lock, Say, StartJob
+from claas_operator.actions import Bind, Describe, Fault, Fence, Fold, Free, Lock, Retry, Say, StartJob
 from claas_operator.plan import plan
 from claas_operator.snapshot import Kind
 from operatorkit import (
@@ -37,6 +38,7 @@ from operatorkit import (
     result,
     settings,
     snapshot,
+    template,
     workers,
 )
 
@@ -355,3 +357,52 @@ def test_the_next_moment_that_matters_is_named() -> None:
     idle = decide(pod(OTHER), lease(OTHER))
     assert idle.wake_at == NOW + timedelta(seconds=15)
     assert decide().wake_at is None
+
+
+# Pods in a tenant's namespace that have a Shared worker's name
+
+MIXED = settings(
+    pools=[
+        {"name": "l40s", "baseModel": MODEL, "maxWorkers": 2, "template": template("worker")},
+        {
+            "name": "own",
+            "isolation": "Namespace",
+            "baseModel": MODEL,
+            "maxWorkers": 2,
+            "template": template("worker"),
+            "operationTemplate": template("operation"),
+        },
+    ]
+)
+THEIRS = {"loraUri": "s3://adapters/mallory/x/", "pool": "own"}
+
+
+def namesake() -> list[Raw]:
+    """A tenant's Ready worker, called as a Shared one is."""
+    its_pod, its_lease = pod(WORKER, namespace="mallory", uid="uid-evil"), lease(WORKER, namespace="mallory", uid="l")
+    its_pod["metadata"]["labels"][names.POOL_LABEL] = "own"
+    its_lease["spec"]["holderIdentity"] = "uid-evil"
+    return [its_pod, its_lease]
+
+
+def test_a_tenant_s_request_takes_no_room_of_the_shared_worker_with_its_worker_s_name() -> None:
+    theirs = request("evil", "", namespace="mallory", spec=THEIRS, status=bound(WORKER, adapter="") | claim(WORKER))
+    ours = request("ours", "")
+    made = decide(*workers(WORKER), theirs, *namesake(), ours, using=MIXED)
+    assert [a.about for a in about(made, Bind)] == ["team/ours"]
+    last = [dict(pool.model_dump(by_alias=True), maxRequests=1) for pool in MIXED.pools]
+    assert about(decide(*workers(WORKER), theirs, ours, using=settings(pools=last)), Bind), "nor counts as served by it"
+
+
+def test_nothing_is_bound_to_a_tenant_s_pod_with_a_shared_worker_s_name() -> None:
+    theirs = request("evil", "", namespace="mallory", spec=THEIRS)
+    assert not about(decide(*workers(WORKER), *namesake(), theirs, using=MIXED), Bind)
+    assert about(decide(*namesake(), theirs, using=MIXED), Bind)
+
+
+def test_a_shared_worker_is_lost_whatever_is_called_like_it_elsewhere() -> None:
+    theirs = request("r", "", namespace="mallory", spec={"loraUri": "s3://adapters/mallory/x/"})
+    theirs["status"] = bound(WORKER, adapter="") | claim(WORKER)
+    (retry,) = about(decide(theirs, pod(WORKER, namespace="mallory", uid="u"), *workers(OTHER), at=9), Retry)
+    assert isinstance(retry, Retry)
+    assert (retry.lost, retry.worker) == (True, OTHER)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import yaml
+from kubernetes.aio.client.exceptions import ApiException
+from pydantic import ValidationError
 
 from claas_crds import names
 from claas_operator import cli
 from claas_operator.jobs import build_worker_job, create_arguments
+from claas_operator.permissions import permitted
+from claas_operator.release import release
 from claas_operator.settings import SettingsError, load
-from claas_operator.snapshot import Adapter
-from operatorkit import HOME, MODEL, Raw, adapter, request, settings, snapshot, template
+from claas_operator.snapshot import Adapter, Kind
+from operatorkit import HOME, MODEL, PREFIX, MemoryApi, Raw, adapter, request, settings, snapshot, template
 
 
 def write(folder: Path, **changes: object) -> Path:
@@ -171,3 +177,31 @@ def test_the_operator_module_takes_the_same_arguments(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "absent.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("uri", ["s3://{namespace}/adapters/", "s3://team-{namespace}/"])
+def test_a_namespace_is_no_part_of_a_bucket(uri: str) -> None:
+    """Not every namespace's name can be a bucket's: what could not be would stop the loop."""
+    with pytest.raises(ValidationError, match="in its bucket"):
+        settings(storage={"prefixes": [{"uri": uri}]})
+
+
+def test_a_release_without_its_definitions_has_nothing_to_let_go() -> None:
+    class WithoutDefinition(MemoryApi):
+        async def merge(self, path: str, patch: Raw) -> Raw:
+            return {}
+
+        async def list(self, kind: Kind, selector: str = "", *, metadata_only: bool = False) -> AsyncIterator[Raw]:
+            if kind is Kind.ADAPTER:
+                raise ApiException(status=404, reason="NotFound")
+            for raw in ():
+                yield raw
+
+    assert asyncio.run(release(WithoutDefinition(), HOME, "claas-operator", "a=b")) == 0  # type: ignore[arg-type]
+
+
+def test_a_name_leaves_room_for_what_steps_add_to_it() -> None:
+    assert permitted(f"{PREFIX}{'x' * 224}/", settings(), "team")
+    assert not permitted(f"{PREFIX}{'x' * 225}/", settings(), "team")
+    assert permitted(f"{PREFIX}{'x' * 224}-20260101-000000-01234567-a11/", settings(), "team")
+    assert not permitted(f"{PREFIX}{'é' * 113}/", settings(), "team"), "bytes count, not characters"

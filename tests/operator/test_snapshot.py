@@ -13,6 +13,7 @@ from claas_crds.request import Parent
 from claas_operator import status
 from claas_operator.actions import Commit, End, Retry, Say
 from claas_operator.plan import plan
+from claas_operator.references import References
 from claas_operator.relist import relist
 from claas_operator.snapshot import TOMBSTONE_LIFE, Kind, Snapshot
 from operatorkit import (
@@ -27,6 +28,7 @@ from operatorkit import (
     bound,
     claim,
     decide,
+    ended,
     job,
     kind_of,
     later,
@@ -175,3 +177,25 @@ async def test_a_relist_finds_lost_deletions_and_lost_arrivals() -> None:
     await relist(api, seen, {})  # type: ignore[arg-type]
     assert sorted(r.name for r in seen.requests.values()) == ["new", "there"]
     assert not seen.pods
+
+
+def test_who_names_which_version_is_kept_as_objects_come_change_and_go() -> None:
+    """The same as from a snapshot that never saw anything else, and nothing is left of what is gone."""
+    seen, root = snapshot(adapter("mine")), f"{PREFIX}mine/"
+    mine = seen.adapters["uid-mine"]
+
+    def needed(name: str) -> bool:
+        return References(seen.named, settings()).needed(f"{PREFIX}{name}/", mine)
+
+    fork = adapter("fork", spec={"initFrom": {"uri": f"{PREFIX}mine-20260101-000000-0123abcd/"}})
+    seen.put(Kind.ADAPTER, fork, NOW)
+    bare = request("bare", "", spec={"loraUri": root})
+    seen.put(Kind.REQUEST, bare, NOW)
+    assert (needed("mine-20260101-000000-0123abcd"), needed("mine")) == (True, True)
+    assert References(seen.named, settings()).siblings(root, mine) == {"mine", "mine-20260101-000000-0123abcd"}
+    bare["metadata"]["resourceVersion"], bare["status"] = "2", ended("Complete", "Succeeded")
+    seen.put(Kind.REQUEST, bare, NOW)
+    assert not needed("mine")
+    seen.remove(Kind.ADAPTER, "uid-fork", NOW)
+    assert not needed("mine-20260101-000000-0123abcd")
+    assert seen.named == snapshot(adapter("mine")).named
