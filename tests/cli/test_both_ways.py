@@ -213,7 +213,8 @@ def test_a_person_sees_what_happens_and_a_table(claas: Claas, stage: ShimStage) 
     done = claas.on_terminal("distill", "--adapter", adapter, *TEXTS)
     assert done.code == 0
     seen = plain(done.out)
-    assert re.search(r"\d\.\d s +(Pending|Assigned|Running)", seen), seen
+    progress = seen.partition("FIELD")[0]  # an instant worker may have ended before the first look
+    assert re.search(r"\b(Pending|Assigned|Running|Complete)\b", progress), seen
     assert re.search(r"total_loss +0\.1 *\n", seen)
     assert "\t" not in seen
     assert "SECRET" not in seen
