@@ -416,7 +416,7 @@ def test_a_killed_destruction_is_finished_by_the_next(home: str, steps: int) -> 
     versions = chain(home, 3)
     first(f"{home}coder2", OTHER)
     killed_step(versions[2], 21)
-    assert not run(die_after(steps, f"collect.destroy('{home}coder')"))
+    assert not run(die_after(steps, f"collect.destroy('{home}coder', grace_seconds=0)"))
     destroy(f"{home}coder", grace_seconds=0)
     assert names_in(home) == ["coder2"]
 
