@@ -29,6 +29,11 @@ test: python ## lint, unit, contract, control-plane, vLLM and end-to-end tests; 
 	@$(MAKE) --no-print-directory lint
 	$(PY) tests/lanes.py --durations=15 $(if $(KUBECONFIG),,--require-all --images)
 
+.PHONY: stress
+stress: python ## what `make test` leaves out: a hundred steps under kills, load, fuzz, an adopted adapter in vLLM (minutes)
+	@python3.11 tests/prepare.py --tests
+	$(PY) -m pytest tests -q -m stress --stress
+
 .PHONY: test-images
 test-images: python ## the one test of the full images: build, import, run a request (gigabytes, minutes)
 	@python3.11 tests/prepare.py
@@ -51,11 +56,11 @@ learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (h
 
 .PHONY: fuzz-api
 fuzz-api: env ## ten thousand generated calls of the REST API (half an hour)
-	CLAAS_FUZZ_EXAMPLES=700 $(PY) -m pytest tests/shim/test_fuzz.py -q -s
+	CLAAS_FUZZ_EXAMPLES=700 $(PY) -m pytest tests/shim/test_fuzz.py -q -s --stress
 
 .PHONY: bench-api
 bench-api: env ## 200 callers at once: how late they hear, judged (on an idle machine); 1,000 that wait: what they cost
-	CLAAS_LATE_SECONDS=0.15 $(PY) -m pytest tests/shim/test_load.py -q -s
+	CLAAS_LATE_SECONDS=0.15 $(PY) -m pytest tests/shim/test_load.py -q -s --stress
 
 .PHONY: kills
 kills: env ## kill a teacher's engine in the middle of a scoring, ten times (10 minutes)

@@ -17,6 +17,7 @@ pytest_plugins = ["cluster.fixtures", "objectstore", "vllmserver"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--require-all`: a skipped test is a failed run."""
     parser.addoption("--images", action="store_true", help="also run a request on the full images, where they changed")
+    parser.addoption("--stress", action="store_true", help="also run what takes minutes: long lives, load, fuzz")
     parser.addoption("--require-all", action="store_true", help="fail instead of skipping when a part is missing")
 
 
@@ -31,8 +32,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Full images are built by `make test`, but only as often as what they are made of changes: gigabytes, minutes."""
+    """Full images are built by `make test`, but only as often as what they are made of changes: gigabytes, minutes.
+    What is marked `stress` has a target of its own."""
+    left_out = set() if config.getoption("--stress") else {"stress"}
     if not config.getoption("--images") or images.verified().exists():
-        chosen = [item for item in items if not item.get_closest_marker("images")]
+        left_out.add("images")
+    chosen = [item for item in items if not any(item.get_closest_marker(name) for name in left_out)]
+    if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen

@@ -456,6 +456,7 @@ def test_orphans_of_lost_attempts_go_and_a_bare_request_s_version_stays(life: Li
 STEPS = 100
 
 
+@pytest.mark.stress
 @pytest.mark.timeout(900)
 def test_a_hundred_steps_with_forks_a_rollback_and_dying_workers_leave_a_clean_chain(life: Life) -> None:
     stage, dice = life.stage, random.Random(7)

@@ -42,7 +42,7 @@ def shim(stage: ShimStage) -> Shim:
     return stage.start_shim(waitSeconds=0.05, maxWaitSeconds=0.05)
 
 
-@pytest.mark.parametrize("mode", ["all", "positive"])
+@pytest.mark.parametrize("mode", [pytest.param("all", marks=pytest.mark.stress), "positive"])
 def test_schemathesis_finds_nothing(stage: ShimStage, shim: Shim, tmp_path: Path, mode: str) -> None:
     """Calls that fit the document are accepted often enough to reach behind the validation; others never get so far."""
     har = tmp_path / "calls.har"

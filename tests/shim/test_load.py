@@ -42,6 +42,7 @@ def times(stage: ShimStage, id_: str) -> tuple[float, float]:
     return created, datetime.fromisoformat(end["lastTransitionTime"]).timestamp()
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("seconds", [0.0, ARRIVAL_SECONDS], ids=["all in one moment", "one after another"])
 async def test_200_callers_hear_within_150_ms(stage: ShimStage, shim: Shim, seconds: float) -> None:
     """Two measures: the issue's (answer time minus creation to completion), and one that the cut of creation times to
@@ -117,6 +118,7 @@ async def test_a_killed_shims_callers_get_the_one_right_answer_from_the_next(sta
     assert len(made) == len(set(made)) == CALLERS, "each was trained once"
 
 
+@pytest.mark.stress
 async def test_1000_waiting_callers_are_cheap_and_nobody_polls(stage: ShimStage) -> None:
     shim = stage.start_shim()
     stage.adapter("asleep", ready=False)

@@ -118,6 +118,7 @@ def test_every_version_loads_in_plain_peft(adopted: tuple[Version, Version]) -> 
     assert not torch.equal(*answers), "three steps changed what it says"
 
 
+@pytest.mark.stress
 @pytest.mark.vllm
 def test_vllm_loads_it_and_says_what_peft_says(adopted: tuple[Version, Version], tmp_path: Path) -> None:
     """`/v1/load_lora_adapter` of the adopted and of the trained version; a name of its own for each."""
