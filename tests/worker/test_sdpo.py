@@ -680,3 +680,45 @@ def test_anchor_from_hidden_states_is_that_of_their_logits() -> None:
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(chunked.grad, dense.grad)
     assert anchor_kl(case.logits, case.logits).item() == 0
+
+
+# The numbers, each by its definition
+
+
+SHARP = torch.tensor([[2.0, 0.0, -1.0]], dtype=torch.float64)  # the student likes token 0, the teacher does not
+DOUBT = torch.tensor([[0.2, 0.4, 0.4]], dtype=torch.float64).log()
+
+
+def doubted() -> Case:
+    return Case(SHARP, DOUBT, torch.tensor([0]), torch.tensor([[0, 1, 2]]))
+
+
+def test_each_term_has_its_weight() -> None:
+    single, triple = (doubted().loss(pg_weight=w, jsd_reg_weight=2 * w) for w in (1.0, 3.0))
+    assert single[1]["pg_loss"] == pytest.approx(-single[1]["mean_advantage"])
+    assert single[1]["jsd_reg"] == pytest.approx(2 * single[1]["jsd"])
+    for name in ("pg_loss", "jsd_reg", "total_loss"):
+        assert triple[1][name] == pytest.approx(3 * single[1][name])
+    assert triple[1]["total_loss"] == pytest.approx(triple[1]["pg_loss"] + triple[1]["jsd_reg"])
+    assert float(triple[0]) == pytest.approx(triple[1]["total_loss"])
+
+
+@pytest.mark.parametrize(("ratio", "clipped"), [(1.5, 1), (1 / 1.5, 1), (1.1, 0), (1 / 1.1, 0)])
+def test_clip_fraction_counts_ratios_on_either_side(ratio: float, clipped: int) -> None:
+    log_p_y = SHARP.log_softmax(-1)[:, 0]
+    metrics = doubted().loss(old_logprobs=log_p_y - math.log(ratio), clip_eps=0.2)[1]
+    assert metrics["mean_is_ratio"] == pytest.approx(ratio)
+    assert metrics["clip_fraction"] == clipped
+
+
+def test_student_entropy_is_minus_p_log_p() -> None:
+    log_p = SHARP.log_softmax(-1)
+    assert doubted().loss()[1]["student_entropy"] == pytest.approx(-float((log_p.exp() * log_p).sum()))
+
+
+def test_a_ratio_at_its_bound_is_a_constant() -> None:
+    """A < 0 and r far above 1: PPO's minimum keeps r A, whose r no longer moves with the student."""
+    log_p_y = SHARP.log_softmax(-1)[:, 0]
+    options = {"pg_weight": 1.0, "jsd_reg_weight": 0.0}
+    assert doubted().gradient(**options, old_logprobs=log_p_y - 19).abs().max() > 0
+    assert doubted().gradient(**options, old_logprobs=log_p_y - 25).abs().max() == 0
