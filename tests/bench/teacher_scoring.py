@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--stock-rounds", type=int, default=3, help="stock JSON takes ten seconds a call")
     parser.add_argument("--a100", action="store_true", help="use no more of the card than an A100-80GB would have")
+    parser.add_argument("--log", type=Path, help="where the server's log is kept")
     parser.add_argument("flags", nargs="*", help="vLLM's, after --")
     options = parser.parse_args()
     shapes = [(int(batch), int(tokens)) for batch, tokens in (shape.split("x") for shape in options.shapes.split(","))]
@@ -83,7 +84,10 @@ def main() -> None:
         if options.a100:
             share = gpu_memory_utilization(A100_BYTES, 2048, QWEN_32B["vocab_size"], K) * A100_BYTES / card_bytes()
             flags.append(f"--gpu-memory-utilization={share:.4f}")
-        with server(model, flags, Path(scratch)) as url, TeacherClient(url, in_flight_tokens=1 << 20) as client:
+        with (
+            server(model, flags, Path(scratch), options.log or Path(scratch) / "log") as url,
+            TeacherClient(url, in_flight_tokens=1 << 20) as client,
+        ):
             info = client.info()
             if not info.frames:
                 sys.exit("the teacher has no route for frames")
@@ -144,9 +148,9 @@ def measure(client: TeacherClient, url: str, batch: int, tokens: int, rounds: in
 
 
 @contextmanager
-def server(model: Path, flags: list[str], scratch: Path) -> Iterator[str]:
+def server(model: Path, flags: list[str], scratch: Path, log: Path) -> Iterator[str]:
     """`python -m claas_teacher` on `model`, ready; its log's end where it fails."""
-    port, log = 18000, scratch / "log"
+    port = 18000
     metadata = scratch / "site" / "claas-0.0.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: claas\nVersion: 0.0.0\n")
