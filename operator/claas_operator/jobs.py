@@ -60,6 +60,7 @@ def build_worker_job(
         {"name": names.ENV_LINGER_SECONDS, "value": _number(NEVER_SECONDS if stays else pool.linger_seconds)},
         {"name": names.ENV_MAX_REQUESTS, "value": str(pool.max_requests)},
         {"name": names.ENV_WATCH_NAMESPACE, "value": watched},
+        {"name": names.ENV_LEASE_SECONDS, "value": _number(settings.timings.lease_seconds)},
         _from_field(names.ENV_POD_NAME, "metadata.name"),
         _from_field(names.ENV_POD_NAMESPACE, "metadata.namespace"),
         _from_field(names.ENV_POD_UID, "metadata.uid"),

@@ -147,6 +147,11 @@ def test_min_workers_are_kept_and_never_leave_for_want_of_work() -> None:
     assert environment(second)["CLAAS_LINGER_SECONDS"] == "300"
 
 
+def test_a_worker_is_told_how_soon_its_lease_counts_as_stale() -> None:
+    (start,) = started(request("r", ""), timings={"leaseSeconds": 4.5})
+    assert environment(start)["CLAAS_LEASE_SECONDS"] == "4.5"
+
+
 def test_a_namespace_pool_starts_its_workers_beside_the_requests() -> None:
     two = [request("r", ""), request("s", "", namespace="other", spec={"loraUri": "s3://adapters/other/x/"})]
     jobs = started(*two, pool={"isolation": "Namespace", "maxWorkers": 1})

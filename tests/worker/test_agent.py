@@ -75,6 +75,18 @@ def test_the_lease_is_the_pods_and_is_renewed(stage: WorkerStage) -> None:
     stage.wait("a renewal", renewed, 8)
 
 
+def test_the_lease_is_renewed_as_often_as_the_operator_wants(stage: WorkerStage) -> None:
+    ready(stage, LEASE_SECONDS="1.5")
+    lease = stage.lease()
+    assert lease is not None and lease["spec"]["leaseDurationSeconds"] == 2
+
+    def renewed() -> bool:
+        now = stage.lease()
+        return now is not None and now["spec"]["renewTime"] > lease["spec"]["renewTime"]
+
+    stage.wait("a renewal", renewed, 3)  # by default it would come after 5
+
+
 def test_the_lease_says_starting_before_the_model_is_loaded(stage: WorkerStage) -> None:
     """An empty folder is no model: the real worker fails there, after its Lease was seen."""
     process = stage.start(REAL)

@@ -40,7 +40,14 @@ def test_what_is_missing_is_named(
 
 @pytest.mark.usefixtures("pod")
 @pytest.mark.parametrize(
-    "flags", [["--max-requests", "0"], ["--linger-seconds", "-1"], ["--linger-seconds", "nan"], ["--device", "tpu"]]
+    "flags",
+    [
+        ["--max-requests", "0"],
+        ["--linger-seconds", "-1"],
+        ["--linger-seconds", "nan"],
+        ["--device", "tpu"],
+        ["--lease-seconds", "0"],
+    ],
 )
 def test_what_makes_no_sense_is_refused(flags: list[str]) -> None:
     with pytest.raises(SystemExit):

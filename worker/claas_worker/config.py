@@ -54,6 +54,7 @@ class AgentSettings:
     linger_seconds: float
     max_requests: int
     first_request_seconds: float
+    lease_seconds: float
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         linger_seconds=given.linger_seconds,
         max_requests=given.max_requests,
         first_request_seconds=given.first_request_seconds,
+        lease_seconds=given.lease_seconds,
     )
     return Arguments(step, agent, None)
 
@@ -199,6 +201,11 @@ def _agent_flags(parser: argparse.ArgumentParser) -> None:
         "patience for the first request, where --linger-seconds is shorter",
         _seconds,
     )
+    _flag(
+        *(group, "--lease-seconds", names.ENV_LEASE_SECONDS, "15", "S"),
+        "a Lease that is not renewed for so long is stale; it is renewed three times as often",
+        _above_zero,
+    )
 
 
 def _flag(
@@ -226,6 +233,12 @@ def _count(text: str) -> int:
 def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    if not (value := _seconds(text)):
+        raise argparse.ArgumentTypeError("0 is too short")
     return value
 
 

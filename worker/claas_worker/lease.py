@@ -26,8 +26,6 @@ from claas_worker.job import now
 
 log = logging.getLogger(__name__)
 
-DURATION_SECONDS = 15
-RENEW_SECONDS = 5.0
 START_LIMIT_SECONDS = 60.0
 CHANGE_LIMIT_SECONDS = 60.0
 
@@ -99,7 +97,7 @@ class WorkerLease:
         last = monotonic()
         while True:
             with contextlib.suppress(queue.Empty):
-                self._wake.get(timeout=RENEW_SECONDS)
+                self._wake.get(timeout=self._settings.lease_seconds / 3)
             try:
                 with self._lock:
                     if self._closed.is_set():
@@ -182,5 +180,9 @@ def lease_body(
         "apiVersion": "coordination.k8s.io/v1",
         "kind": "Lease",
         "metadata": metadata,
-        "spec": {"holderIdentity": settings.pod_uid, "leaseDurationSeconds": DURATION_SECONDS, "renewTime": now()},
+        "spec": {
+            "holderIdentity": settings.pod_uid,
+            "leaseDurationSeconds": max(1, round(settings.lease_seconds)),
+            "renewTime": now(),
+        },
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +33,10 @@ from claas_store.version import (
     ParentVersion,
     TeacherUsed,
     Version,
-    find_manifest,
     read_version,
     write_version,
 )
+from claas_worker.adoption import made_before
 from claas_worker.bank import Adapter
 from claas_worker.errors import AdapterInvalid, LogprobLengthMismatch, PayloadInvalid
 from claas_worker.job import InvalidSpec, Job, Report, Unfit, now
@@ -46,8 +45,6 @@ from claas_worker.render import NEUTRAL, Limits, Rendered, render
 from claas_worker.score import Question, Scored, Scorer
 from claas_worker.sdpo import NO_SIGNAL_JSD, anchor_kl, combine, logprobs_from_hidden, sdpo_loss_from_hidden
 from claas_worker.student import Context, Student
-
-log = logging.getLogger(__name__)
 
 MAX_PAYLOAD_BYTES = 64 * 2**20
 MAX_THREADS = 16  # that wait for store and teacher
@@ -461,20 +458,10 @@ class Clock:
 
 def _adopt(attempt: Attempt) -> None:
     """Ends it with the version of an earlier attempt that died between its manifest and its report, if there is one."""
-    job = attempt.job
-    for earlier in range(1, job.attempt):
-        uri = uris.next_version_uri(job.parent.uri, job.created, job.uid, earlier)
-        manifest = find_manifest(uri)
-        if manifest is None or manifest.request_uid != job.uid or manifest.parent is None:
-            continue
-        if uris.normalise(manifest.parent.uri) != uris.normalise(job.parent.uri):
-            continue
-        version = read_version(uri)  # every file against its digest
+    if version := made_before(attempt.job):
         attempt.clock.lap("load_ms")
-        log.info("adopted", extra={"uid": job.uid, "attempt": earlier})
-        end = (Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri, manifest.metadata, attempt.clock.timings())
-        attempt.outcome = _result(job, *end)
-        return
+        end = (Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri, version.manifest.metadata, attempt.clock.timings())
+        attempt.outcome = _result(attempt.job, *end)
 
 
 def _samples(job: Job) -> Sequence[Sample]:
