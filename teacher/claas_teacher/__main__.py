@@ -103,10 +103,11 @@ def _memory_share(options: Namespace) -> float:
     share = gpu_memory_utilization(
         current_platform.get_device_total_memory(),
         options.max_num_batched_tokens,
+        options.max_num_seqs,
         vocabulary_of(options.model),
         options.max_logprobs,
     )
-    print(f"claas_teacher: --gpu-memory-utilization {share:.2f}, the rest is for prompt logprobs", file=sys.stderr)
+    print(f"claas_teacher: --gpu-memory-utilization {share:.3f}, the rest is for prompt logprobs", file=sys.stderr)
     return share
 
 

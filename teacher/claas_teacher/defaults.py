@@ -16,6 +16,8 @@ from typing import Any
 MAX_LOGPROBS = 100  # `training.teacherTopK` goes that far; vLLM's own default is 20
 # A larger step scores no faster, and prompt logprobs need memory by the token (memory.py).
 MAX_NUM_BATCHED_TOKENS = 2048
+# Scoring is all prefill: 16 tokens each fill a step. vLLM's own 1,024 cost 3 GiB of sampler on the card (memory.py).
+MAX_NUM_SEQS = 128
 CPU_KV_CACHE_GIB = 1  # scoring keeps nothing between requests; 23,000 tokens of SmolLM2-135M in fp32
 PROBED = "/health,/metrics,/claas/v1/ready"  # asked every few seconds: no line in the access log for each
 PLUGIN = "claas"
@@ -116,11 +118,13 @@ def flag_defaults(cpu: bool, cpuinfo: str) -> dict[str, Any]:
     flags: dict[str, Any] = {
         "max_logprobs": MAX_LOGPROBS,
         "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
+        "max_num_seqs": MAX_NUM_SEQS,
         "disable_access_log_for_endpoints": PROBED,
         "shutdown_timeout": SHUTDOWN_SECONDS,
+        # Compiling takes a minute of the start, CUDA graphs take memory that vLLM does not foresee and are for steps of
+        # a few tokens: scoring has large ones. `--no-enforce-eager` for a teacher that also generates.
+        "enforce_eager": True,
     }
-    if cpu:
-        flags["enforce_eager"] = True  # compiling takes a minute of the start, and scoring gains little
-        if not has_bf16(cpuinfo):
-            flags["dtype"] = "float32"
+    if cpu and not has_bf16(cpuinfo):
+        flags["dtype"] = "float32"
     return flags

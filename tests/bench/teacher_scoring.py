@@ -34,6 +34,7 @@ import httpx  # noqa: E402
 import numpy as np  # noqa: E402
 
 from claas_teacher.client import TeacherClient  # noqa: E402
+from claas_teacher.defaults import MAX_NUM_SEQS  # noqa: E402
 from claas_teacher.memory import GIB, gpu_memory_utilization  # noqa: E402
 
 K = 100
@@ -80,9 +81,13 @@ def main() -> None:
         model = options.model
         if model is None:
             model = random_model(Path(scratch))
-            flags = ["--load-format=dummy", "--max-model-len=8192", "--enforce-eager", *flags]
+            flags = ["--load-format=dummy", "--max-model-len=8192", *flags]
         if options.a100:
-            share = gpu_memory_utilization(A100_BYTES, 2048, QWEN_32B["vocab_size"], K) * A100_BYTES / card_bytes()
+            share = (
+                gpu_memory_utilization(A100_BYTES, 2048, MAX_NUM_SEQS, QWEN_32B["vocab_size"], K)
+                * A100_BYTES
+                / card_bytes()
+            )
             flags.append(f"--gpu-memory-utilization={share:.4f}")
         with (
             server(model, flags, Path(scratch), options.log or Path(scratch) / "log") as url,

@@ -75,7 +75,8 @@ def test_a_gpu_server_is_not_told_about_processors() -> None:
         not {"OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING"}
         & environment_defaults({}, None, cpu=False, cpus=3).keys()
     )
-    assert not {"enforce_eager", "dtype"} & flag_defaults(False, "flags: avx2").keys()
+    for_a_gpu = flag_defaults(False, "flags: avx2")
+    assert "dtype" not in for_a_gpu and for_a_gpu["enforce_eager"]  # its graphs are for steps of a few tokens
 
 
 @pytest.mark.parametrize(
