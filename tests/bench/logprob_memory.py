@@ -4,8 +4,7 @@
 
 The two forms are what vLLM's model runners do with the hidden states of scored tokens: V2 takes logits in bf16 for at
 most 1,024 rows at a time, and top-k of them; V1 takes all rows of a request in the step, their log-softmax in fp32, and
-top-k of that. `torch.topk` sorts whole rows when they are many and long, with values, int64 indices and workspace for
-each entry: that, not the logits, is the most of it. Prints bytes an entry (row x vocabulary), at the allocator's peak.
+top-k of that. Prints bytes an entry (row x vocabulary) at the allocator's peak, and the time.
 """
 
 from __future__ import annotations
