@@ -145,6 +145,25 @@ def cache_environment() -> dict[str, str]:
     return {"CLAAS_CACHE_DIR": str(cache_dir() / "teacher")}
 
 
+def chosen_ids_environment(folder: Path) -> dict[str, str]:
+    """What makes vLLM run the V2 model runner, the one that gathers chosen ids, without a GPU.
+
+    Its kernels are Triton's, and Triton's interpreter runs those on a processor; only vLLM's question whether there is
+    a backend for one has to be answered, by a `sitecustomize` in `folder`.
+    """
+    (folder / "sitecustomize.py").write_text(
+        "from types import SimpleNamespace\n"
+        "from triton.backends import backends\n"
+        "backends['cpu'] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)\n"
+    )
+    return {
+        **cache_environment(),
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+    }
+
+
 @pytest.fixture(scope="session")
 def teacher_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherServer]:
     """SmolLM2-135M-Instruct in float32 behind the whole server, one for the session."""

@@ -151,7 +151,7 @@ def test_support_student_needs_a_teacher_that_can(adapter: str, teacher_server: 
 
 
 def test_a_warm_step_of_64_tokens_is_fast(adapter: str, teacher_server: TeacherServer, record_property: Any) -> None:
-    """Two cores, teacher and object store included: issue 3 asks for 15 s from apply to Complete."""
+    """Two cores, teacher and object store included."""
     from claas_crds.request import DistillRequestSpec, Parent
     from claas_worker.__main__ import load_step
     from claas_worker.config import StepSettings
