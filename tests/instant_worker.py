@@ -1,13 +1,16 @@
 """The worker's agent with a step that takes no time and obeys its prompt: for tests of the protocol and benchmarks.
 
 "hold" waits at the pipe `gate` in CLAAS_MODEL_PATH, "unavailable" fails as a teacher does that does not answer, "bad"
-as bad input does, "crash" raises an error that quotes the prompt, "memory" runs out of it, "phases" shows them all.
+as bad input does, "crash" raises an error that quotes the prompt, "memory" runs out of it, "phases" shows them all,
+"takes 0.5 s" takes that.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +53,8 @@ def load(settings: StepSettings) -> Step:
         if "hold" in prompt:
             report(PHASES[2])
             (Path(settings.model_path) / "gate").read_bytes()
+        if took := re.search(r"takes ([0-9.]+) s", prompt):
+            time.sleep(float(took[1]))  # the work itself
         if "unavailable" in prompt:
             raise TeacherUnavailable("http://teacher: ConnectError, given up after 4 tries")
         if "bad" in prompt:

@@ -19,6 +19,19 @@ from cluster.pki import Authority
 from cluster.process import ClusterError, kill, spawn, wait_for
 
 START_SECONDS = 60
+ETCD_BYTES = 8 * 2**30  # etcd's own advice for the most; its default of 2 GiB is full after 10,000 large requests
+# Who wrote and read what, one JSON object a line; with the bodies of writes to status, which hold no text of a sample.
+AUDIT_POLICY = """\
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+omitManagedFields: true
+rules:
+- level: Request
+  verbs: [patch]
+  resources: [{group: claas.dev, resources: [distillrequests/status, loraadapters/status]}]
+- level: Metadata
+"""
 API_SERVER_NAMES = (
     "DNS:localhost",
     "DNS:kubernetes",
@@ -35,6 +48,7 @@ def etcd_command(kube: Path, data: Path, client_port: int, peer_port: int) -> li
     client, peer = f"http://127.0.0.1:{client_port}", f"http://127.0.0.1:{peer_port}"
     return [
         *(kube, "etcd", "--data-dir", data, "--unsafe-no-fsync", "--log-level", "warn"),
+        *("--quota-backend-bytes", str(ETCD_BYTES)),
         *("--listen-client-urls", client, "--advertise-client-urls", client),
         *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}"),
     ]
@@ -83,10 +97,12 @@ class ControlPlane:
         api: the same identity, for the few calls without a client library.
         processes: by name (``etcd``, ``kube-apiserver``, ``kube-controller-manager``), for tests that kill one.
         logs: the folder of their logs.
+        audit: the API server's audit log, with ``audit``.
     """
 
-    def __init__(self, folder: Path, *, controllers: bool = True) -> None:
+    def __init__(self, folder: Path, *, controllers: bool = True, audit: bool = False) -> None:
         self.folder, self.logs, self._controllers = folder, folder / "log", controllers
+        self.audit = folder / "audit.log" if audit else None
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ports: list[int] = []
 
@@ -122,7 +138,8 @@ class ControlPlane:
             "--endpoint-reconciler-type",
             "none",
         ]
-        self._spawn("kube-apiserver", [*api_server_command(kube, authority, etcd_port, port, []), *loopback])
+        command = [*api_server_command(kube, authority, etcd_port, port, []), *loopback, *self._audit_flags()]
+        self._spawn("kube-apiserver", command)
         self.kubeconfig = self.kubeconfig_of("admin", ["system:masters"])
         self.api = Api(self.url, authority.certificate, authority.issue("admin", "admin", groups=["system:masters"]))
         if self._controllers:
@@ -134,6 +151,14 @@ class ControlPlane:
             account = "/api/v1/namespaces/default/serviceaccounts/default"
             what = "the controller manager (service account `default`)"
             wait_for(what, lambda: bool(self.api.get(account)), START_SECONDS, needs=self.processes, logs=logs)
+
+    def _audit_flags(self) -> list[str]:
+        if self.audit is None:
+            return []
+        policy = self.folder / "audit-policy.yaml"
+        policy.write_text(AUDIT_POLICY)
+        whole = ["--audit-log-maxsize", "100000"]  # megabytes; by default a file ends at 100
+        return ["--audit-policy-file", str(policy), "--audit-log-path", str(self.audit), *whole]
 
     def _spawn(self, name: str, command: Sequence[str | Path]) -> None:
         self.processes[name] = spawn(command, self.logs / name)

@@ -7,6 +7,7 @@ control characters) is refused.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ MAX_SEGMENT_BYTES = 255  # what a file system takes
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _OWN_SUFFIX = re.compile(r"(?P<base>.+)-\d{8}-\d{6}-(?P<uid>[0-9a-f]{8})(-a([2-9]|[1-9]\d+))?", re.ASCII | re.DOTALL)
 _UID = re.compile(r"[0-9a-f]{8}")
+_REMEMBERED_URIS = 16_384  # the operator looks at every adapter's again and again
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Location:
         return self.object_uri + ("/" if self.segments else "")
 
 
+@functools.lru_cache(_REMEMBERED_URIS)
 def parse(uri: str) -> Location:
     """Takes a uri of an object or a folder (with or without its trailing slash) apart.
 
