@@ -109,6 +109,31 @@ def test_the_uid_is_in_the_lease_from_before_the_claim_until_after_the_result(st
     stage.wait("the uid to leave", lambda: stage.running() == set())
 
 
+def test_a_busy_worker_writes_its_lease_once_per_request(stage: WorkerStage) -> None:
+    """What is over leaves with the announcement of what comes next."""
+    gate = Gate(stage.folder)
+    ready(stage)
+    first = stage.bound("hold")
+    stage.wait("the claim", lambda: "claim" in stage.status(first))
+    others = [stage.bound() for _ in range(20)]
+    lease = stage.lease()
+    assert lease is not None
+    before, began = _writes(stage), time.monotonic()
+    gate.open()
+    for name in others:
+        stage.wait_result(name)
+    stage.wait("the last uid to leave", lambda: not stage.running())
+    renewals = 2 + (time.monotonic() - began) / 5  # and the API server has a Lease of its own
+    assert _writes(stage) - before <= len(others) + 1 + renewals
+
+
+def _writes(stage: WorkerStage) -> int:
+    """Of Leases, by anybody, as the API server counts them; here nobody else has one."""
+    counts = [line for line in stage.api("GET", "/metrics").splitlines() if line.startswith("apiserver_request_total{")]
+    put = [line for line in counts if 'resource="leases"' in line and 'verb="PUT"' in line]
+    return sum(int(float(line.rpartition(" ")[2])) for line in put)
+
+
 def test_a_request_that_moved_on_is_not_claimed(stage: WorkerStage) -> None:
     """While the worker is busy, its next request is bound elsewhere, and a third ends."""
     gate = Gate(stage.folder)

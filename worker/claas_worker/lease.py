@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 START_LIMIT_SECONDS = 60.0
 CHANGE_LIMIT_SECONDS = 60.0
+LEAVE_SECONDS = 0.2  # a request that is over leaves with the next announcement; one that comes later is not waited for
 
 
 class WorkerLease:
@@ -39,10 +40,13 @@ class WorkerLease:
         self._settings = settings
         self._state = names.STATE_STARTING
         self._running: set[str] = set()
+        self._left_at: float | None = None  # when a request left that the object still lists
+        self._written_at = monotonic()
         self._resource_version = ""  # empty: not known, read it first
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # a signal handler may put, never lock
+        # Whether to write at once, or only to look when. A signal handler may put into a SimpleQueue, never lock.
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def start(self) -> None:
@@ -72,18 +76,24 @@ class WorkerLease:
             retrying("announce", self._put, CHANGE_LIMIT_SECONDS, self._closed)
 
     def leave(self, uid: str) -> None:
-        """Takes a request off the list, as `set_state` shows a state."""
-        self._show(lambda: self._running.discard(uid))
+        """Takes a request off the list. Shown with the next write, LEAVE_SECONDS from now at the latest: a busy worker
+        writes its Lease once per request."""
+        with self._lock:
+            self._running.discard(uid)
+            self._left_at = self._left_at or monotonic()
+        self._wake.put(False)
 
     def drain_soon(self) -> None:
         """Has the renewal thread show Draining at once. The only method that a signal handler may call."""
         self._state = names.STATE_DRAINING
-        self._wake.put(None)
+        self._wake.put(True)
 
     def close(self) -> None:
-        """Ends the renewal."""
+        """Shows what is still to be shown, and ends the renewal."""
+        if self._left_at is not None:
+            self._show(lambda: None)
         self._closed.set()
-        self._wake.put(None)
+        self._wake.put(True)
 
     def _show(self, change: Callable[[], None]) -> None:
         with self._lock:
@@ -94,21 +104,33 @@ class WorkerLease:
                 log.warning("lease not written yet", extra={"problem": str(error)})
 
     def _renew(self) -> None:
-        last = monotonic()
+        tried = monotonic()
         while True:
-            with contextlib.suppress(queue.Empty):
-                self._wake.get(timeout=self._settings.lease_seconds / 3)
+            try:
+                at_once = self._wake.get(timeout=max(0.0, self._due(tried) - monotonic()))
+            except queue.Empty:
+                at_once = monotonic() >= self._due(tried)  # unless somebody has written it meanwhile
+            if not at_once:
+                continue
+            tried = monotonic()
             try:
                 with self._lock:
                     if self._closed.is_set():
                         return
                     self._put()
-                last = monotonic()
             except (ApiException, Unreachable, urllib3.exceptions.HTTPError, OSError) as error:
+                self._left_at = None  # with the next renewal
                 problem = f"HTTP {error.status}" if isinstance(error, ApiException) else type(error).__name__
                 log.warning(
-                    "lease not renewed", extra={"problem": problem, "for_seconds": round(monotonic() - last, 1)}
+                    "lease not renewed",
+                    extra={"problem": problem, "for_seconds": round(monotonic() - self._written_at, 1)},
                 )
+
+    def _due(self, tried: float) -> float:
+        """When to write next, if nobody does before."""
+        renewal = max(tried, self._written_at) + self._settings.lease_seconds / 3
+        left_at = self._left_at
+        return renewal if left_at is None else min(renewal, left_at + LEAVE_SECONDS)
 
     def _put(self) -> None:
         """Writes the Lease as it should be; the lock is held. One try, but for an outdated resourceVersion."""
@@ -118,6 +140,7 @@ class WorkerLease:
                     found = self._read()
                     self._resource_version = found or self._create()
                     if found is None:
+                        self._left_at, self._written_at = None, monotonic()
                         return
                 answer = self._api.replace_namespaced_lease(
                     self._settings.pod_name,
@@ -126,6 +149,7 @@ class WorkerLease:
                     _request_timeout=CALL_SECONDS,
                 )
                 self._resource_version = answer.metadata.resource_version
+                self._left_at, self._written_at = None, monotonic()
                 return
             except ApiException as error:
                 self._resource_version = ""
