@@ -62,6 +62,18 @@ fuzz-api: env ## ten thousand generated calls of the REST API (half an hour)
 bench-api: env ## 200 callers at once: how late they hear, judged (on an idle machine); 1,000 that wait: what they cost
 	CLAAS_LATE_SECONDS=0.15 $(PY) -m pytest tests/shim/test_load.py -q -s --stress
 
+.PHONY: bench-operator
+bench-operator: python ## 1,000, 10,000 and 30,000 requests through the operator and real agents, judged (an hour, on an idle machine)
+	@python3.11 tests/prepare.py --tests
+	@mkdir -p build && rm -f build/operator-load.json
+	$(PY) tests/bench/operator_load.py run --requests 1000
+	$(PY) tests/bench/operator_load.py run --requests 10000 --restart
+	$(PY) tests/bench/operator_load.py run --requests 10000 --restart --spec-bytes 16384
+	$(PY) tests/bench/operator_load.py run --requests 30000 --no-raw
+	$(PY) tests/bench/operator_load.py flood
+	$(PY) tests/bench/operator_load.py plot
+	$(PY) tests/bench/operator_load.py verdict
+
 .PHONY: kills
 kills: env ## kill a teacher's engine in the middle of a scoring, ten times (10 minutes)
 	CLAAS_KILLS=10 $(PY) -m pytest tests/teacher/test_deaths.py -q -s

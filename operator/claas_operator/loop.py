@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from kubernetes.aio.client.exceptions import ApiException
 
-from claas_operator.actions import Action, Bind, Collect, Commit, End, Fence, Forget, Lock, Rollback
+from claas_operator.actions import Action, Bind, Collect, Commit, End, Fence, Forget, Lock, Rollback, Say
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.apply import Apply, Lost
 from claas_operator.jobs import owner_references
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # More writes at once than this only queue up in the API server.
 MAX_IN_FLIGHT: Final = 64
+# Of these, the ones that only tell people what a request waits for: nobody's step may wait for them.
+MAX_TELLING: Final = 8
 # A write that failed is tried again after this, doubled each time.
 COOL_BASE_SECONDS: Final = 0.2
 COOL_CAP_SECONDS: Final = 30.0
@@ -138,9 +140,14 @@ class Loop:
                 if self._skipped.get(entry.uid) != entry.version:
                     self._skipped[entry.uid] = entry.version
                     log.error("nothing decided", extra={"object": str(entry), "error": type(error).__name__})
+            telling = sum(isinstance(action, Say) for action in self.snapshot.in_flight.values())
             for action in made.actions:
                 if len(self._tasks) >= MAX_IN_FLIGHT:
                     break  # the first of them to end wakes us
+                if isinstance(action, Say):
+                    if telling >= MAX_TELLING:
+                        continue
+                    telling += 1
                 cooling = self._cooling.get(action.key)
                 if cooling and cooling.until > started:
                     timeout = min(timeout, cooling.until - started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 from claas_operator.settings import Settings
@@ -15,7 +16,12 @@ _SUFFIX_BYTES: Final = len("-20260101-000000-01234567-a11")
 
 def permitted(uri: str, settings: Settings, namespace: str) -> bool:
     """Whether a version of `namespace` may lie at `uri`, and what is trained from it beside it."""
-    if not within(uri, settings.prefixes(namespace)):
+    return _fits(uri, tuple(settings.prefixes(namespace)))
+
+
+@functools.lru_cache(16_384)  # every adapter is looked at in every plan
+def _fits(uri: str, prefixes: tuple[str, ...]) -> bool:
+    if not within(uri, prefixes):
         return False
     longest = len(base_name(uri).encode()) + _SUFFIX_BYTES
     return len(version_name(uri)) <= MAX_VERSION_NAME and longest <= min(MAX_VERSION_NAME, MAX_SEGMENT_BYTES)

@@ -7,7 +7,6 @@ on and arrives late can never undo a newer one.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
