@@ -140,6 +140,7 @@ class ShimStage(Stage):
             "instance": self.instance,
             "namespace": self.home,
             "defaultBaseModel": MODEL,
+            "pools": {"l40s": MODEL},
             "storage": {"prefixes": [{"uri": "s3://adapters/{namespace}/"}]},
             "limits": {"requestsPerMinute": 0},
             "waitSeconds": 30,

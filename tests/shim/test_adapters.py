@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -142,3 +143,14 @@ def test_a_stream_ends_when_its_request_is_deleted_or_the_shim_stops(stage: Shim
         shim.process.terminate()
         assert streams[1].result(timeout=10)[-1][0] == "phase"
     assert shim.process.wait(timeout=15) == 0
+
+
+def test_a_stream_ends_when_its_time_is_over(stage: ShimStage) -> None:
+    shim = stage.start_shim(waitSeconds=0.5, maxWaitSeconds=0.5)
+    stage.adapter("slow", ready=False)
+    with shim.client() as client:
+        id_ = client.post("/v1/distill?wait=0", json=SAID | {"adapter": "slow"}).json()["id"]
+        started = time.monotonic()
+        assert events(client, f"/v1/requests/{id_}/events")[-1][1]["state"] == "Pending"
+        assert time.monotonic() - started < 5
+    shim.kill()

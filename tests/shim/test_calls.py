@@ -280,12 +280,36 @@ def test_a_new_adapter(stage: ShimStage, team: httpx.Client) -> None:
     assert differs.status_code == 409 and "differs" not in differs.json()["detail"]
 
 
-def test_an_adapter_that_cannot_be_made_says_why_and_leaves_no_trace(stage: ShimStage, team: httpx.Client) -> None:
+def test_an_adapter_that_cannot_be_made_says_why_and_leaves_no_trace(stage: ShimStage) -> None:
+    shim = stage.start_shim(pools={})  # it does not know better than the operator
     asked = {"output_uri": f"s3://adapters/{stage.team}/wrong/", "base_model": "org/another"}
-    answer = team.post("/v1/lora/init", json=asked)
-    assert (answer.status_code, answer.json()["reason"]) == (422, "BaseModelMismatch")
-    again = team.post("/v1/lora/init?wait=0", json=asked | {"base_model": None})
-    assert again.status_code == 202, again.text
+    with shim.client() as client:
+        answer = client.post("/v1/lora/init", json=asked)
+        assert (answer.status_code, answer.json()["reason"]) == (422, "BaseModelMismatch")
+        again = client.post("/v1/lora/init?wait=0", json=asked | {"base_model": None})
+        assert again.status_code == 202, again.text
+    shim.kill()
+
+
+def test_what_the_installation_has_not_is_refused_at_once(stage: ShimStage, team: httpx.Client) -> None:
+    init = {"output_uri": f"s3://adapters/{stage.team}/x/"}
+    for route, said, field, reason in (
+        ("/v1/distill?wait=0", body(stage, "x"), "pool", "UnknownPool"),
+        ("/v1/distill?wait=0", body(stage, "x"), "base_model", "BaseModelMismatch"),
+        ("/v1/lora/init?wait=0", init, "base_model", "BaseModelMismatch"),
+    ):
+        answer = team.post(route, json=said | {field: "another"})
+        found = answer.json()
+        assert (answer.status_code, found["reason"], found["errors"][0]["field"]) == (422, reason, field)
+
+
+def test_a_uri_that_leaves_no_room_for_later_versions(stage: ShimStage, team: httpx.Client) -> None:
+    for field, route in (("lora_uri", "/v1/distill?wait=0"), ("output_uri", "/v1/lora/init?wait=0")):
+        said = {"prompt": "p", "response": "r"} if field == "lora_uri" else {}
+        long, longest = (f"s3://adapters/{stage.team}/{'x' * length}/" for length in (220, 230))
+        assert team.post(route, json=said | {field: long}).status_code == 202
+        answer = team.post(route, json=said | {field: longest})
+        assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, field)
 
 
 def test_unknown_adapters_and_foreign_uris(stage: ShimStage, team: httpx.Client) -> None:

@@ -2,6 +2,9 @@
 
 A few hundred calls here, ten thousand with `make fuzz-api`: CLAAS_FUZZ_EXAMPLES generated calls an operation, and those
 of the other phases (examples, coverage of every keyword, sequences along the document's links).
+
+Two of its checks are left out. `use_after_free`: DELETE cancels a request, which is there to be read afterwards.
+`positive_data_acceptance`: that a conversation ends with a user's turn is a rule that JSON schema cannot say.
 """
 
 from __future__ import annotations
@@ -30,9 +33,12 @@ CHECKS = (
     "negative_data_rejection",
     "missing_required_header",
     "unsupported_method",
+    "allow_header_conformance",
+    "ensure_resource_availability",
     "ignored_auth",
 )
 ACCEPTED_SHARE = 0.20
+MANY = 50
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def shim(stage: ShimStage) -> Shim:
 
 @pytest.mark.parametrize("mode", [pytest.param("all", marks=pytest.mark.stress), "positive"])
 def test_schemathesis_finds_nothing(stage: ShimStage, shim: Shim, tmp_path: Path, mode: str) -> None:
-    """Calls that fit the document are accepted often enough to reach behind the validation; others never get so far."""
+    """Calls are accepted often enough to reach behind the validation, also where half of them are wrong on purpose."""
     har = tmp_path / "calls.har"
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{shim.url}/openapi.json"),
@@ -65,5 +71,5 @@ def test_schemathesis_finds_nothing(stage: ShimStage, shim: Shim, tmp_path: Path
     print(f"{calls.total()} calls, {accepted:.0%} accepted: {dict(sorted(calls.items()))}")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert not [status for status in calls if status >= 500]
-    assert accepted >= ACCEPTED_SHARE or mode == "all", "half of those of all modes are wrong on purpose"
+    assert accepted >= ACCEPTED_SHARE or (mode == "all" and EXAMPLES < MANY), "few calls are mostly of phase coverage"
     assert shim.process.poll() is None

@@ -171,6 +171,13 @@ def test_methods_that_are_not_there(team: httpx.Client) -> None:
         answer = team.request(method, path)
         assert answer.status_code == 405
         assert answer.headers["allow"]
+    assert team.request("PATCH", "/v1/requests/a").headers["allow"] == "DELETE, GET"
+
+
+def test_a_page_that_is_not_there(team: httpx.Client) -> None:
+    for path in ("requests", "adapters"):
+        answer = team.get(f"/v1/{path}?continue=e30")
+        assert (answer.status_code, answer.json()["errors"][0]["field"]) == (404, "continue")
 
 
 def test_what_is_not_http(shim: Shim) -> None:

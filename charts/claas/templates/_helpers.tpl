@@ -363,6 +363,10 @@ timings:
 instance: {{ .Release.Name }}
 namespace: {{ .Release.Namespace }}
 defaultBaseModel: {{ .Values.model.id }}
+pools:
+  {{- range .Values.pools }}
+  {{ .name | quote }}: {{ $.Values.model.id }}
+  {{- end }}
 storage:
   prefixes:
     {{- toYaml .Values.storage.prefixes | nindent 4 }}

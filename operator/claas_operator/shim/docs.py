@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final
@@ -55,6 +55,21 @@ Every call is about the caller's own namespace; one that is not, and that they h
 """
 
 
+_ID_HEADER: Final = {
+    "X-Request-Id": {
+        "description": "Of this call, as in the log.",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+    }
+}
+_ID_PARAMETER: Final = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "description": "Your name for this call: 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'; others are ignored.",
+    "schema": {"type": "string"},
+}
+
+
 def document(app: FastAPI) -> dict[str, Any]:
     """The API, as it is for everybody."""
     found = get_openapi(
@@ -75,14 +90,23 @@ def document(app: FastAPI) -> dict[str, Any]:
     answer = {
         "description": "A problem (RFC 9457).",
         "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        "headers": {
+            "Retry-After": {
+                "description": "Seconds to wait; with 429 and 503.",
+                "schema": {"type": "string", "pattern": "^[1-9][0-9]*$"},
+            },
+            "WWW-Authenticate": {"description": "With 401.", "schema": {"type": "string"}},
+            "Allow": {"description": "With 405: what may be done there.", "schema": {"type": "string"}},
+        },
     }
     for operation in _operations(found):
         if OPEN in operation.pop("tags", []):
             operation["security"] = []
         operation["responses"].pop("422", None)
-        operation["responses"]["default"] = answer
+        operation["responses"]["default"] = copy.deepcopy(answer)
         for response in operation["responses"].values():
-            response.setdefault("headers", {})["X-Request-Id"] = {"schema": {"type": "string"}}
+            response.setdefault("headers", {}).update(_ID_HEADER)
+        operation["parameters"] = [*operation.get("parameters", []), _ID_PARAMETER]
     found["security"] = [{"bearer": []}]
     _link(found)
     return found
@@ -97,31 +121,40 @@ def _link(found: dict[str, Any]) -> None:
     """Where the id in one answer goes: readers, and tools that try sequences of calls, can follow."""
     paths = found["paths"]
 
-    def link(source: dict[str, Any], status: str, expression: str, parameter: str, *targets: tuple[str, str]) -> None:
-        source["responses"][status]["links"] = {
-            f"{method}-{path.strip('/').replace('/', '-')}": {
-                "operationId": paths[path][method]["operationId"],
-                "parameters": {parameter: expression},
-            }
-            for method, path in targets
-        }
+    def link(
+        path: str, method: str, status: str, known: dict[str, str], *targets: tuple[str, str], **body: str
+    ) -> None:
+        links = paths[path][method]["responses"][status].setdefault("links", {})
+        for target_method, target in targets:
+            links[f"{target_method}-{target.strip('/').replace('/', '-')}"] = {
+                "operationId": paths[target][target_method]["operationId"],
+                "parameters": known,
+            } | ({"requestBody": body} if body else {})
 
     request, events = "/v1/requests/{id}", "/v1/requests/{id}/events"
     adapter = "/v1/adapters/{name}"
     of_request = (("get", request), ("delete", request), ("get", events))
     of_adapter = (("get", adapter), ("get", f"{adapter}/versions"), ("get", f"{adapter}/lineage"))
     for path in ("/v1/distill", "/v1/distill/lite"):
-        link(paths[path]["post"], "202", "$response.body#/id", "id", *of_request)
-    link(paths["/v1/requests"]["get"], "200", "$response.body#/items/0/id", "id", *of_request)
-    link(paths["/v1/lora/init"]["post"], "202", "$response.body#/name", "name", *of_adapter)
-    link(paths["/v1/adapters"]["get"], "200", "$response.body#/items/0/name", "name", *of_adapter)
+        link(path, "post", "202", {"id": "$response.body#/id"}, *of_request)
+    link("/v1/requests", "get", "200", {"id": "$response.body#/items/0/id"}, *of_request)
+    link("/v1/lora/init", "post", "202", {"name": "$response.body#/name"}, *of_adapter)
+    link("/v1/adapters", "get", "200", {"name": "$response.body#/items/0/name"}, *of_adapter)
+    for path in ("/v1/requests", "/v1/adapters", f"{adapter}/versions"):
+        name = {"name": "$request.path.name"} if "{name}" in path else {}
+        link(path, "get", "200", name | {"continue": "$response.body#/continue"}, ("get", path))
+    version = "$response.body#/items/0/version"
+    for path in (f"{adapter}/versions", f"{adapter}/lineage"):
+        name = {"name": "$request.path.name"}
+        link(path, "get", "200", name | {"version": version}, ("get", f"{adapter}/lineage"))
+        link(path, "get", "200", name, ("post", f"{adapter}/rollback"), version=version)
 
 
-def tailored(found: dict[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
-    """The document for somebody whose uris lie below `prefixes`."""
+def tailored(found: dict[str, Any], prefixes: Sequence[str], pools: Mapping[str, str]) -> dict[str, Any]:
+    """The document for somebody whose uris lie below `prefixes`, where these pools hold these base models."""
     mine = copy.deepcopy(found)
     roots = [prefix.rstrip("/") for prefix in prefixes]
-    pattern = f"^({'|'.join(re.escape(root) for root in roots)})(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+/?$"
+    pattern = f"^({'|'.join(re.escape(root) for root in roots)})(/[A-Za-z0-9_-][A-Za-z0-9._-]{{0,199}})+/?$"
     old = models.EXAMPLE_URI.partition("/coder-v1")[0]
 
     def visit(node: Any) -> Any:
@@ -134,7 +167,11 @@ def tailored(found: dict[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
             return [visit(item) for item in node]
         return node.replace(old, roots[0]) if isinstance(node, str) else node
 
-    mine["components"]["schemas"] = visit(mine["components"]["schemas"])
+    schemas = mine["components"]["schemas"] = visit(mine["components"]["schemas"])
+    for body in ("DistillBody", "LiteBody", "InitBody"):
+        for field, known in (("pool", pools.keys()), ("base_model", pools.values())):
+            if pools and field in schemas[body]["properties"]:
+                schemas[body]["properties"][field]["anyOf"][0] = {"type": "string", "enum": sorted(set(known))}
     return mine
 
 
@@ -154,7 +191,7 @@ def install(app: FastAPI) -> None:
         if door.settings.auth.mode == "None" or request.headers.get("authorization"):
             caller = await door.auth.caller(bearer(request.headers.get("authorization")))
             if caller.namespace and (prefixes := door.settings.prefixes(caller.namespace)):
-                found = tailored(found, prefixes)
+                found = tailored(found, prefixes, door.settings.pools)
         return JSONResponse(found)
 
     @app.get("/docs", include_in_schema=False)

@@ -16,6 +16,7 @@ from fastapi import Request
 from kubernetes.aio.client.exceptions import ApiException
 
 from claas_crds import names
+from claas_crds.reasons import Reason
 from claas_operator.api import FAILURES
 from claas_operator.shim import problems, spec
 from claas_operator.shim.auth import Act, Caller, bearer, forbidden, make_auth
@@ -34,6 +35,8 @@ from claas_store.errors import StoreError, UriInvalid
 
 CREATE_TRIES: Final = 3
 CREATE_BACKOFF_SECONDS: Final = 0.3
+MAX_VERSION: Final = 253
+_LONGEST_SUFFIX: Final = ("2026-01-01T00:00:00Z", "0" * 8, 99)
 _RESOURCES: Final = {Kind.REQUEST: names.REQUEST_PLURAL, Kind.ADAPTER: names.ADAPTER_PLURAL}
 _WORDS: Final = {Kind.REQUEST: "request", Kind.ADAPTER: "adapter"}
 
@@ -128,6 +131,22 @@ class Door:
             raise not_found(kind, namespace)
         return found
 
+    async def page(self, kind: Kind, namespace: str, limit: int, token: str | None) -> tuple[list[Object], str]:
+        """(objects, token of the next page or "").
+
+        Raises:
+            Problem: 404 no page has that token.
+        """
+        try:
+            items, following, _ = await self.cluster.page(kind, namespace, limit=limit, token=token or "")
+        except ApiException as error:
+            if token and error.status == HTTPStatus.BAD_REQUEST:
+                wrong = FieldProblem(field="continue", detail="is not the `continue` of a page of this list")
+                fix = "start again without `continue`"
+                raise Problem(problems.NOT_FOUND, "there is no such page", fix=fix, errors=[wrong]) from None
+            raise
+        return items, following
+
     async def create(self, kind: Kind, namespace: str, wanted: Object) -> tuple[Object, bool]:
         """(the object of that name, whether this call made it). Tried again when an answer was lost: the name is ours.
 
@@ -169,6 +188,16 @@ class Door:
             what = f"the object store did not take the samples ({type(error).__name__})"
             raise Problem(problems.UNAVAILABLE, what) from None
 
+    def check_parent(self, field: str, uri: str, namespace: str) -> None:
+        """As `check_uri`, and whether the names of later versions have room beside it."""
+        self.check_uri(field, uri, namespace)
+        try:
+            later = uris.next_version_uri(uri, *_LONGEST_SUFFIX)
+        except UriInvalid:
+            later = ""
+        if not later or len(uris.version_name(later)) > MAX_VERSION:
+            raise problems.invalid(field, f"is too long: a later version's name has at most {MAX_VERSION} characters")
+
     def check_uri(self, field: str, uri: str, namespace: str, more: Sequence[str] = ()) -> None:
         """Whether the namespace may read and write there; `more`: prefixes that it may read besides.
 
@@ -176,15 +205,31 @@ class Door:
             Problem: 422 it is no uri; 403 it lies elsewhere. What lies there is not looked at.
         """
         try:
-            name = uris.version_name(uri)
+            uris.normalise(uri)
         except UriInvalid as error:
             raise problems.invalid(field, str(error).partition(" ")[2] or "is no uri of a version") from None
         prefixes = [*self.settings.prefixes(namespace), *more]
-        if not uris.within(uri, prefixes) or len(name) > 253:
+        if not uris.within(uri, prefixes):
             allowed = ", ".join(prefixes) or "none"
             detail = f"must lie below a storage prefix of namespace {namespace}: {allowed}"
             wrong = FieldProblem(field=field, detail=detail)
             raise Problem(problems.OUTSIDE, f"{field} {detail}", errors=[wrong])
+
+    def check_pool(self, pool: str | None, base_model: str | None) -> None:
+        """Whether there is such a pool, and one with such a base model. Whether they go together the operator knows.
+
+        Raises:
+            Problem: 422.
+        """
+        pools = self.settings.pools
+        for field, given, known, reason in (
+            ("pool", pool, pools.keys(), Reason.UNKNOWN_POOL),
+            ("base_model", base_model, pools.values(), Reason.BASE_MODEL_MISMATCH),
+        ):
+            if pools and given is not None and given not in known:
+                detail = f"is not of this installation; there are: {', '.join(sorted(set(known)))}"
+                wrong = FieldProblem(field=field, detail=detail)
+                raise Problem(problems.INVALID, f"{field} {detail}", errors=[wrong], reason=reason)
 
     # When
 

@@ -21,6 +21,8 @@ from fastapi.routing import APIRoute
 from kubernetes.aio.client.exceptions import ApiException
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+from starlette.routing import Route as AnyRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from claas_operator.api import describe
@@ -32,7 +34,9 @@ log = logging.getLogger(__name__)
 
 BODY_SECONDS: Final = 30.0
 MAX_DEPTH: Final = 64
+MAX_DIGITS: Final = 20
 MAX_INTEGER: Final = 2**63 - 1
+MAX_EXACT: Final = 2**53  # to here a double holds every whole number
 OPEN: Final = "open"  # tag of the routes that ask nobody who they are
 LEFT: Final = 499  # in the log: the caller did not wait for the answer
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -168,7 +172,7 @@ class JsonRequest(Request):
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON as RFC 8259 has it: UTF-8, no NaN, every name once, numbers that a double or 64 bits hold, bounded depth.
+    """JSON as RFC 8259 has it: UTF-8, no NaN, every name once, numbers that a double holds, bounded depth.
 
     Raises:
         Problem: 400; it is not. The position is told, the content is not.
@@ -181,8 +185,8 @@ def parse_json(data: bytes) -> Any:
         value = json.loads(
             text,
             parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_bounded,
+            parse_float=_number,
+            parse_int=_integer,
             object_pairs_hook=_unique,
         )
     except json.JSONDecodeError as error:
@@ -203,17 +207,18 @@ def _no_constant(_: str) -> Any:
     raise Problem(problems.MALFORMED, "NaN and Infinity are not JSON")
 
 
-def _finite(text: str) -> float:
+def _number(text: str) -> int | float:
+    """What a double holds; whole where it is: JSON has one kind of number, and 16.0 is 16."""
     value = float(text)
     if value in (float("inf"), float("-inf")):
         raise Problem(problems.MALFORMED, "a number is too large for a double")
-    return value
+    return int(value) if value.is_integer() and abs(value) <= MAX_EXACT else value
 
 
-def _bounded(text: str) -> int:
-    if len(text) > 20 or abs(value := int(text)) > MAX_INTEGER:
-        raise Problem(problems.MALFORMED, "a whole number is too large for 64 bits")
-    return value
+def _integer(text: str) -> int | float:
+    """As it is where 64 bits hold it, else what a double makes of it, as the API server has it."""
+    value = int(text) if len(text) <= MAX_DIGITS else MAX_INTEGER + 1
+    return value if abs(value) <= MAX_INTEGER else _number(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -288,7 +293,7 @@ def install_handlers(app: FastAPI) -> None:
         assert isinstance(error, StarletteHTTPException)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             response = answer(request, Problem(problems.METHOD, f"{request.method} is not a method of this route"))
-            response.headers.update(error.headers or {})
+            response.headers["Allow"] = ", ".join(_methods(app, request))
             return response
         if error.status_code == HTTPStatus.NOT_FOUND:
             return answer(request, Problem(problems.NOT_FOUND, "there is no such route", fix="see GET /docs"))
@@ -305,6 +310,12 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(StarletteHTTPException, on_http)
     for failure in (ApiException, aiohttp.ClientError, TimeoutError, OSError):
         app.add_exception_handler(failure, on_api)
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """What may be done at this path; Starlette's own header knows the first of its routes alone."""
+    routes = (r for r in app.routes if isinstance(r, AnyRoute) and r.matches(request.scope)[0] is not Match.NONE)
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 def of_api(error: Exception) -> Problem:

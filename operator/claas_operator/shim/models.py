@@ -30,8 +30,7 @@ A request's `id` is its object's name in the namespace. Every error is a `Proble
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
@@ -52,6 +51,12 @@ from claas_crds.request import (
 
 Text = Annotated[str, Field(max_length=MAX_PAYLOAD_TEXT)]
 Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=URI_PATTERN)]
+# Of a version that is to be trained: the next one's suffix must have room.
+ParentUri = Annotated[str, StringConstraints(min_length=1, max_length=990, pattern=URI_PATTERN)]
+AdapterName = Annotated[
+    str,
+    StringConstraints(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"),
+]
 
 EXAMPLE_URI: Final = "s3://my-bucket/loras/user123/coder-v1/"
 NEXT_URI: Final = "s3://my-bucket/loras/user123/coder-v1-20261123-123456-0a1b2c3d/"
@@ -102,32 +107,25 @@ def _one_of(*names: str) -> Callable[[Any], bool]:
     return lambda body: sum(getattr(body, name) is not None for name in names) == 1
 
 
-_PROMPTS: Final = ("prompt", "messages")
-_RESPONSES: Final = ("response", "response_token_ids")
-_TYPES: Final[dict[str, Any]] = {
-    "messages": "array",
-    "response_token_ids": "array",
-    "samples": "array",
-    "teacher_logprobs": ["array", "object"],
-}
+def _given(*names: str) -> dict[str, Any]:
+    return {name: {"not": {"type": "null"}} for name in names}
 
 
-def _form(needed: Iterable[str], absent: Iterable[str]) -> dict[str, Any]:
-    """One form of a body in JSON schema's words."""
-    given = {name: {"type": _TYPES.get(name, "string")} for name in needed}
-    return {"required": [*given], "properties": given | {name: {"type": "null"} for name in absent}}
+def _absent(*names: str) -> dict[str, Any]:
+    return {name: {"type": "null"} for name in names}
 
 
-def _singles(*taught: str) -> Iterator[tuple[list[str], list[str]]]:
-    """(needed, absent) fields of each form of a sample."""
-    for prompt, response in itertools.product(_PROMPTS, _RESPONSES):
-        yield [prompt, response, *taught], [name for name in (*_PROMPTS, *_RESPONSES) if name not in (prompt, response)]
+def _either(one: str, other: str, *not_with_other: str) -> dict[str, Any]:
+    """`_one_of` in JSON schema's words; null is absent."""
+    return {
+        "oneOf": [
+            {"required": [one], "properties": _given(one) | _absent(other)},
+            {"required": [other], "properties": _given(other) | _absent(one, *not_with_other)},
+        ]
+    }
 
 
-def _sample_forms(*taught: str) -> dict[str, Any]:
-    return {"anyOf": [_form(needed, absent) for needed, absent in _singles(*taught)]}
-
-
+_SAMPLE_FORM: Final[list[Any]] = [_either("prompt", "messages"), _either("response", "response_token_ids")]
 _BY_USER: Final[JsonDict] = {"type": "object", "properties": {"role": {"const": "user"}}, "required": ["role"]}
 # Which turn is the last, JSON schema cannot say but of a single one.
 _CONVERSATION: Final[JsonDict] = {
@@ -187,7 +185,7 @@ class Sample(Body):
             ),
         ),
     )
-    model_config = ConfigDict(json_schema_extra=_sample_forms())
+    model_config = ConfigDict(json_schema_extra={"allOf": _SAMPLE_FORM})
 
 
 TeacherLogprobs = list[Any] | dict[str, Any]
@@ -201,7 +199,6 @@ class LiteSample(Sample):
     """A sample whose teacher has been asked already."""
 
     teacher_logprobs: TeacherLogprobs = Field(description=_TEACHER_LOGPROBS)
-    model_config = ConfigDict(json_schema_extra=_sample_forms("teacher_logprobs"))
 
 
 class Training(Body):
@@ -271,6 +268,14 @@ class Teacher(Body):
             lambda teacher: not teacher.contrast or teacher.mode == "Self",
         ),
     )
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"contrast": {"enum": [None, 0]}}},
+                {"required": ["mode"], "properties": {"mode": {"const": "Self"}}},
+            ]
+        }
+    )
 
 
 def _has_any(*names: str) -> Callable[[Any], bool]:
@@ -283,7 +288,7 @@ _given_inline = _has_any(*Sample.model_fields)
 class _On(Body):
     """What both distill routes share: which adapter, and how."""
 
-    lora_uri: Uri | None = Field(
+    lora_uri: ParentUri | None = Field(
         None,
         description="A version to train, s3://BUCKET/PATH/; the new one lies beside it. Either this or adapter. "
         "Nothing but this uri is read: which version is the newest is the caller's to know.",
@@ -349,14 +354,11 @@ LITE_EXAMPLE: Final = {
 }
 
 
-def _body_forms(*taught: str) -> dict[str, Any]:
-    """What a body may look like: a target, and a single sample's fields or several samples; null is absent."""
-    forms = []
-    for target, other in (("lora_uri", ["adapter"]), ("adapter", ["lora_uri", "base_model", "pool"])):
-        for needed, absent in _singles(*taught):
-            forms.append(_form([target, *needed], [*other, *absent, "samples"]))
-        forms.append(_form([target, "samples"], [*other, *Sample.model_fields, *taught]))
-    return {"anyOf": forms}
+def _body_form(*taught: str) -> list[Any]:
+    """What a body looks like: a target, and either a single sample's fields or several samples."""
+    single = {"required": [*taught], "properties": _given(*taught) | _absent("samples"), "allOf": _SAMPLE_FORM}
+    several = {"required": ["samples"], "properties": _given("samples") | _absent(*Sample.model_fields, *taught)}
+    return [_either("lora_uri", "adapter", "base_model", "pool"), {"oneOf": [single, several]}]
 
 
 def _unless_samples(rule: Rule) -> Rule:
@@ -380,7 +382,7 @@ class DistillBody(_On, Sample):
         Rule("samples", _EITHER, lambda body: (body.samples is None) == _given_inline(body)),
         *map(_unless_samples, Sample.rules),
     )
-    model_config = ConfigDict(json_schema_extra={"examples": [PUBLISHED_EXAMPLE, RICH_EXAMPLE]} | _body_forms())
+    model_config = ConfigDict(json_schema_extra={"examples": [PUBLISHED_EXAMPLE, RICH_EXAMPLE], "allOf": _body_form()})
 
 
 class LiteBody(_On, Sample):
@@ -408,13 +410,13 @@ class LiteBody(_On, Sample):
             lambda body: body.samples is not None or body.teacher_logprobs is not None,
         ),
     )
-    model_config = ConfigDict(json_schema_extra={"examples": [LITE_EXAMPLE]} | _body_forms("teacher_logprobs"))
+    model_config = ConfigDict(json_schema_extra={"examples": [LITE_EXAMPLE], "allOf": _body_form("teacher_logprobs")})
 
 
 class InitBody(Body):
     """A new adapter without effect, or one that starts from another."""
 
-    output_uri: Uri = Field(
+    output_uri: ParentUri = Field(
         description="Where its first version goes, s3://BUCKET/PATH/; later ones lie beside it. The same body again is "
         "the same adapter."
     )
@@ -427,7 +429,7 @@ class InitBody(Body):
     init_from: Uri | None = Field(
         None, description="Start from the version or PEFT folder there (a fork) instead of from nothing."
     )
-    name: ObjectName | None = Field(
+    name: AdapterName | None = Field(
         None, description="Name of the LoraAdapter, to be used as `adapter`; one made from output_uri when absent."
     )
     model_config = ConfigDict(

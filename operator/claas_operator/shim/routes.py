@@ -34,13 +34,25 @@ _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 router = APIRouter(prefix="/v1", route_class=Route)
 
-_LOCATION: Final[dict[str, Any]] = {"Location": {"description": "Ask there.", "schema": {"type": "string"}}}
-_LATER: Final[dict[int | str, dict[str, Any]]] = {
-    202: {"model": models.Request, "description": "It goes on; ask at Location.", "headers": _LOCATION}
+_PATH: Final[dict[str, Any]] = {"schema": {"type": "string", "pattern": "^/v1/(requests|adapters)/"}}
+_LOCATION: Final[dict[str, Any]] = {
+    "Location": {"description": "Ask there.", "required": True} | _PATH,
+    "Preference-Applied": {"description": "As in Prefer, where that was heeded.", "schema": {"type": "string"}},
 }
-_LATER_ADAPTER: Final[dict[int | str, dict[str, Any]]] = {
-    202: {"model": models.Adapter, "description": "It goes on; ask at Location.", "headers": _LOCATION}
+_NOW: Final[dict[str, Any]] = {
+    "description": "It has ended well.",
+    "headers": {"Content-Location": {"description": "Its request or adapter."} | _PATH},
 }
+
+
+def _later(model: type[models.Answer]) -> dict[str, Any]:
+    return {"model": model, "description": "It goes on; ask at Location.", "headers": _LOCATION}
+
+
+_STEP: Final[dict[int | str, dict[str, Any]]] = {200: _NOW, 202: _later(models.Request)}
+_MADE: Final[dict[int | str, dict[str, Any]]] = {200: _NOW, 202: _later(models.Adapter)}
+_ROLLED_BACK: Final[dict[int | str, dict[str, Any]]] = {202: _later(models.Adapter)}
+_CANCELLED: Final[dict[int | str, dict[str, Any]]] = {202: {"headers": _LOCATION}}
 _STREAM: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {"text/event-stream": {}}, "description": "Events, each a Request as JSON."}
 }
@@ -140,9 +152,20 @@ async def _wait(
 
 AnyWait = Annotated[Wait, Depends(_wait)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Items of a page, at most.")]
-Continue = Annotated[str | None, Query(alias="continue", max_length=4096, description="`continue` of the page before.")]
-# Not a parameter of the document: tools that generate calls would send one key with every body.
-Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=MAX_KEY, include_in_schema=False)]
+_CONTINUE: Final = "`continue` of the page before."
+Continue = Annotated[
+    str | None, Query(alias="continue", max_length=4096, pattern="^[A-Za-z0-9_=-]+$", description=_CONTINUE)
+]
+Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        max_length=MAX_KEY,
+        pattern=r"^[!-~\x80-\xff]([ -~\x80-\xff]*[!-~\x80-\xff])?$",
+        description="Any text of yours, such as a UUID. The same key and body are the same request; another body is a "
+        "409.",
+    ),
+]
 Name = Annotated[str, Path(description="Its name.", max_length=253, pattern=f"^{_NAME.pattern}$")]
 Id = Annotated[str, Path(description="The request's id.", max_length=253, pattern=f"^{_NAME.pattern}$")]
 
@@ -162,7 +185,7 @@ def _json(body: models.Answer) -> Any:
 MayAsk = Annotated[Tenant, Depends(tenant("create", Kind.REQUEST))]
 
 
-@router.post("/distill", response_model=models.Distilled, responses=_LATER)
+@router.post("/distill", response_model=models.Distilled, responses=_STEP)
 async def distill(
     request: Request, tenant: MayAsk, wait: AnyWait, body: models.DistillBody, key: Key = None
 ) -> Response:
@@ -174,7 +197,7 @@ async def distill(
     return await _distill(request, tenant, wait, body, key, "distill")
 
 
-@router.post("/distill/lite", response_model=models.Distilled, responses=_LATER)
+@router.post("/distill/lite", response_model=models.Distilled, responses=_STEP)
 async def distill_lite(
     request: Request, tenant: MayAsk, wait: AnyWait, body: models.LiteBody, key: Key = None
 ) -> Response:
@@ -214,7 +237,8 @@ async def _request_of(
     """The DistillRequest that this call is: made now, or before by the same key."""
     door, namespace = tenant.door, tenant.namespace
     if body.lora_uri is not None:
-        door.check_uri("lora_uri", body.lora_uri, namespace)
+        door.check_parent("lora_uri", body.lora_uri, namespace)
+        door.check_pool(body.pool, body.base_model)
     samples = spec.samples_of(body)
     if len(samples) > door.settings.limits.max_samples:
         raise problems.invalid("samples", f"at most {door.settings.limits.max_samples} samples")
@@ -266,7 +290,7 @@ async def list_requests(
     token: Continue = None,
 ) -> Response:
     """The namespace's requests, page by page, by name."""
-    items, following, _ = await tenant.door.cluster.page(Kind.REQUEST, tenant.namespace, limit=limit, token=token or "")
+    items, following = await tenant.door.page(Kind.REQUEST, tenant.namespace, limit, token)
     found = models.RequestList(items=[spec.to_request(raw) for raw in items], continue_=following or None)
     return JSONResponse(_json(found))
 
@@ -291,7 +315,7 @@ async def get_request(
     return JSONResponse(_json(spec.to_request(raw)))
 
 
-@router.delete("/requests/{id}", status_code=HTTPStatus.ACCEPTED, response_model=models.Request)
+@router.delete("/requests/{id}", status_code=HTTPStatus.ACCEPTED, response_model=models.Request, responses=_CANCELLED)
 async def cancel_request(tenant: Annotated[Tenant, Depends(tenant("patch", Kind.REQUEST))], id: Id) -> Response:
     """Cancels a request; one that has ended stays as it is."""
     door = tenant.door
@@ -336,7 +360,7 @@ async def _states(tenant: Tenant, raw: Object) -> AsyncIterator[Object | None]:
         crowded = door.requests.waiting > door.settings.limits.max_waiting
         while clock() < end and not crowded and not door.requests.over(uid):
             try:
-                async with asyncio.timeout(PING_SECONDS):
+                async with asyncio.timeout_at(min(end, clock() + PING_SECONDS)):
                     await subscription.news()
             except TimeoutError:
                 yield None
@@ -355,7 +379,7 @@ async def _states(tenant: Tenant, raw: Object) -> AsyncIterator[Object | None]:
 # Adapters
 
 
-@router.post("/lora/init", response_model=models.Initialised, responses=_LATER_ADAPTER)
+@router.post("/lora/init", response_model=models.Initialised, responses=_MADE)
 async def init_lora(
     request: Request,
     tenant: Annotated[Tenant, Depends(tenant("create", Kind.ADAPTER))],
@@ -364,7 +388,8 @@ async def init_lora(
 ) -> Response:
     """A new adapter; the answer is its first version. The same body again is the same adapter."""
     door, namespace = tenant.door, tenant.namespace
-    door.check_uri("output_uri", body.output_uri, namespace)
+    door.check_parent("output_uri", body.output_uri, namespace)
+    door.check_pool(None, body.base_model)
     if body.init_from is not None:
         door.check_uri("init_from", body.init_from, namespace, door.settings.fork_prefixes(namespace))
     wanted = spec.adapter_object(body, door.settings)
@@ -403,7 +428,7 @@ async def list_adapters(
     token: Continue = None,
 ) -> Response:
     """The namespace's adapters, page by page, by name."""
-    items, following, _ = await tenant.door.cluster.page(Kind.ADAPTER, tenant.namespace, limit=limit, token=token or "")
+    items, following = await tenant.door.page(Kind.ADAPTER, tenant.namespace, limit, token)
     found = models.AdapterList(items=[spec.to_adapter(raw) for raw in items], continue_=following or None)
     return JSONResponse(_json(found))
 
@@ -419,14 +444,15 @@ async def get_adapter(tenant: MayReadAdapter, name: Name) -> Response:
 
 @router.get("/adapters/{name}/versions", response_model=models.VersionList)
 async def list_versions(
-    tenant: MayReadAdapter, name: Name, limit: Limit = DEFAULT_PAGE, token: Continue = None
+    tenant: MayReadAdapter,
+    name: Name,
+    limit: Limit = DEFAULT_PAGE,
+    token: Annotated[str | None, Query(alias="continue", pattern="^[0-9]{1,15}$", description=_CONTINUE)] = None,
 ) -> Response:
     """How its head moved, newest first."""
     raw = await tenant.door.read(Kind.ADAPTER, tenant.namespace, name)
     status = LoraAdapterStatus.model_validate(raw.get("status") or {})
-    below = math.inf if token is None else int(token) if re.fullmatch("[0-9]{1,15}", token) else None
-    if below is None:
-        raise problems.invalid("continue", "is not the `continue` of a page of versions")
+    below = math.inf if token is None else int(token)
     found = [entry for entry in reversed(status.history) if entry.seq < below]
     page = [spec.to_version(entry, status.version) for entry in found[:limit]]
     following = str(page[-1].seq) if len(found) > limit else None
@@ -448,7 +474,7 @@ async def get_lineage(
     return JSONResponse(_json(found))
 
 
-@router.post("/adapters/{name}/rollback", response_model=models.Adapter, responses=_LATER_ADAPTER)
+@router.post("/adapters/{name}/rollback", response_model=models.Adapter, responses=_ROLLED_BACK)
 async def rollback(
     request: Request,
     tenant: Annotated[Tenant, Depends(tenant("patch", Kind.ADAPTER))],

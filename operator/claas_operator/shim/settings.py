@@ -63,6 +63,9 @@ class ShimSettings(_Part):
     instance: str = Field(min_length=1, description="The Helm release.")
     namespace: str = Field(min_length=1, description="Its namespace.")
     default_base_model: str = Field(min_length=1)
+    pools: dict[str, str] = Field(
+        default_factory=dict, description="Base model of each pool; empty: the operator alone knows them."
+    )
     storage: Storage = Field(default_factory=Storage)
     teacher: Teacher | None = None
     auth: Auth = Field(default_factory=Auth)
@@ -99,6 +102,7 @@ class ShimSettings(_Part):
                 "instance": operator.instance,
                 "namespace": operator.namespace,
                 "default_base_model": operator.default_base_model,
+                "pools": {pool.name: pool.base_model for pool in operator.pools},
                 "storage": operator.storage,
                 "teacher": operator.teacher,
             }
