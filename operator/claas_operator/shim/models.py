@@ -317,7 +317,7 @@ _EITHER: Final = (
     "give either samples or, for a single one, prompt and response (and what goes with them) beside lora_uri"
 )
 
-PUBLISHED_EXAMPLE: Final = {
+PUBLISHED_EXAMPLE: Final[JsonDict] = {
     "lora_uri": EXAMPLE_URI,
     "prompt": "Write a function to calculate factorial",
     "response": EXAMPLE_RESPONSE,
@@ -331,7 +331,7 @@ PUBLISHED_EXAMPLE: Final = {
         "teacher_top_k": 100,
     },
 }
-RICH_EXAMPLE: Final = {
+RICH_EXAMPLE: Final[JsonDict] = {
     "adapter": "coder",
     "samples": [
         {
@@ -346,7 +346,7 @@ RICH_EXAMPLE: Final = {
     ],
     "priority": 10,
 }
-LITE_EXAMPLE: Final = {
+LITE_EXAMPLE: Final[JsonDict] = {
     "lora_uri": EXAMPLE_URI,
     "prompt": "What is the capital of France?",
     "response": "Paris.",
