@@ -24,6 +24,9 @@ ADAPTER_UID_LABEL: Final = f"{GROUP}/adapter-uid"
 OPERATION_LABEL: Final = f"{GROUP}/operation"
 GENERATION_LABEL: Final = f"{GROUP}/generation"  # of the adapter, as it was when the operation's Job was made
 
+# Kueue's own, on worker Jobs of a pool with a queueName.
+KUEUE_QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
+
 # The worker's Lease, named after its Pod: annotations, because a Lease's spec has no room for them.
 LEASE_STATE: Final = f"{GROUP}/state"
 LEASE_RUNNING: Final = f"{GROUP}/running"  # uids, comma-separated
@@ -36,6 +39,7 @@ ENV_POOL: Final = "CLAAS_POOL"
 ENV_INSTANCE: Final = "CLAAS_INSTANCE"
 ENV_LINGER_SECONDS: Final = "CLAAS_LINGER_SECONDS"
 ENV_MAX_REQUESTS: Final = "CLAAS_MAX_REQUESTS"
+ENV_BATCH: Final = "CLAAS_BATCH"
 ENV_BASE_MODEL: Final = "CLAAS_BASE_MODEL"
 ENV_LEASE_SECONDS: Final = "CLAAS_LEASE_SECONDS"
 ENV_POD_NAME: Final = "CLAAS_POD_NAME"

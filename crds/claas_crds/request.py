@@ -461,6 +461,9 @@ class Result(StatusModel):
     lora_uri: str = Field("", max_length=1024, description="The version that it wrote (with NoSignal: the parent).")
     metadata: Metadata | None = Field(None, description="What the step did.")
     timings: Timings | None = Field(None, description="The worker's phases.")
+    gpu_ms: int | None = Field(
+        None, description="Its share of the worker's time: claimed to reported, divided by all in one batched step."
+    )
 
 
 class DistillRequestStatus(StatusModel):
@@ -477,6 +480,9 @@ class DistillRequestStatus(StatusModel):
     attempt: int = Field(0, description="Counts from 1; grows when an attempt was lost.")
     assigned_at: str = Field("", max_length=40, description="When this attempt was bound.")
     first_claim_at: str = Field("", max_length=40, description="activeDeadlineSeconds counts from here.")
+    gpu_ms: int = Field(
+        0, description="Worker time used, in ms, over all attempts that are over: fair shares and quotas go by it."
+    )
     parent: Parent | None = Field(None, description="The version that this request trains.")
     conditions: Conditions = Field(default_factory=list, description="Accepted, Assigned, Complete, Failed.")
     observed_generation: int = Field(0, description="metadata.generation that this status answers.")

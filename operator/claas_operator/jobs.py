@@ -59,6 +59,7 @@ def build_worker_job(
         {"name": names.ENV_BASE_MODEL, "value": pool.base_model},
         {"name": names.ENV_LINGER_SECONDS, "value": _number(NEVER_SECONDS if stays else pool.linger_seconds)},
         {"name": names.ENV_MAX_REQUESTS, "value": str(pool.max_requests)},
+        {"name": names.ENV_BATCH, "value": str(pool.batch)},
         {"name": names.ENV_WATCH_NAMESPACE, "value": watched},
         {"name": names.ENV_LEASE_SECONDS, "value": _number(settings.timings.lease_seconds)},
         _from_field(names.ENV_POD_NAME, "metadata.name"),
@@ -72,7 +73,9 @@ def build_worker_job(
         "template": template,
     }
     name = f"{worker_stem(settings, pool)}-{counter}"
-    return _job(settings, name, namespace, labels, spec, owner_uid)
+    # Of the Job alone: Kueue's own webhook then suspends it, and lets it go when its quota allows.
+    queue = {names.KUEUE_QUEUE_LABEL: pool.queue_name} if pool.queue_name else {}
+    return _job(settings, name, namespace, labels | queue, spec, owner_uid)
 
 
 def create_arguments(settings: Settings, adapter: Adapter) -> list[str]:

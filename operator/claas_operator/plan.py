@@ -39,12 +39,16 @@ from claas_operator.references import References
 from claas_operator.retention import sweep_soon
 from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Adapter, Entry, Request, Snapshot, succeeded
-from claas_operator.workers import Fleet, Scope, backoff, fences, lost, pod_of, start_workers, survey
+from claas_operator.usage import day_after, shares
+from claas_operator.workers import Demand, Fleet, Scope, backoff, fences, lost, pod_of, start_workers, survey
 from claas_store.errors import StoreError
 from claas_store.uris import is_beside, parent_folder, version_name
 
 # A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.
 FRESH_PROBES: Final = 5
+# One plan ends, tells and deletes at most so many each: a loop that writes 64 at a time has enough to do, and building
+# ten thousand patches would hold up whoever waits for a worker.
+MAX_PER_PLAN: Final = 256
 # Of an adapter or a bare request that no waiting can mend: the request ends.
 _LASTING: Final = (Reason.UNKNOWN_POOL, Reason.BASE_MODEL_MISMATCH, Reason.STORAGE_DENIED)
 
@@ -71,11 +75,21 @@ class _Want:
     adapter: Adapter | None
     pool: Pool
     attempt: int
+    begun: datetime  # it could run since
     retry: bool = False
     lost: bool = False
     but: str = ""  # the worker it is taken from
     since: datetime | None = None  # waits since, when that is later than its creation
     why: str = ""  # what became of the attempt before
+
+
+@dataclass
+class _Quota:
+    """What of a namespace may not begin; each why, and until when."""
+
+    used_up: tuple[str, str] | None = None  # nothing may
+    too_many: tuple[str, str] | None = None  # nothing that is younger than the `last`
+    last: tuple[datetime, str, str] | None = None
 
 
 def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Plan:
@@ -93,29 +107,31 @@ class _Planner:
     last: list[Action] = field(default_factory=list)  # what only tells, and what can wait
     wants: list[_Want] = field(default_factory=list)
     unplaced: list[_Want] = field(default_factory=list)
-    waiting: Counter[Scope] = field(default_factory=Counter)
+    demands: dict[Scope, Demand] = field(default_factory=lambda: defaultdict(Demand))
     refusals: dict[str, tuple[Reason, str] | None] = field(default_factory=dict)
+    quotas: dict[str, _Quota] = field(default_factory=dict)
+    left: Counter[type[Action]] = field(
+        default_factory=lambda: Counter(dict.fromkeys((Say, End, DeleteRequest), MAX_PER_PLAN))
+    )
     wake_at: datetime | None = None
     teacher_wanted: bool = False
     skipped: list[tuple[Entry, Exception]] = field(default_factory=list)
 
     def run(self) -> Plan:
-        for (namespace, name), queue in self.snapshot.queues.items():
-            adapter = self.snapshot.adapter(namespace, name) if name else None
-            if adapter is not None and adapter.uid in self.snapshot.in_flight:
-                continue  # a lock or a commit is on its way: what follows from it is decided after it
-            for request in queue:
-                if request.uid in self.snapshot.in_flight:
-                    continue
-                if request.says_busy and request is not queue[0] and self._still_busy(request, adapter):
-                    continue  # the long tail of a queue: nothing has changed for it
-                with self._apart(request):
-                    self._request(request, adapter, not name or request is queue[0])
-        for request in self.snapshot.expiring.values():
-            self._expire(request)
         fleet = survey(self.snapshot, self.settings, self.now, self.wake)
+        # More than these could not run, whatever is decided.
+        places = sum(worker.slots for workers in fleet.ready.values() for worker in workers if worker.slots > 0)
+        places += sum(pool.max_workers * pool.batch for pool in self.settings.pools)
+        for line, queue in self.snapshot.queues.items():
+            at_work = self.snapshot.at_work.get(line, {})
+            with self._apart(queue[0]):
+                if queue[0].bare:
+                    self._bare(queue, at_work, places)
+                else:
+                    self._line(self.snapshot.adapter(*line), queue, at_work)
+        self._expire()
         self._assign(fleet)
-        self.then += start_workers(self.snapshot, self.settings, fleet, self.waiting, self.now, self.wake)
+        self.then += start_workers(self.snapshot, self.settings, fleet, self.demands, self.now, self.wake)
         self._say_no_capacity(fleet)
         operations = Registry(self.snapshot.jobs.values(), self.snapshot.pods.values())
         references = References(self.snapshot.named, self.settings)
@@ -148,6 +164,61 @@ class _Planner:
             return True
         self.wake(at)
         return False
+
+    # Queues
+
+    def _line(self, adapter: Adapter | None, queue: list[Request], at_work: dict[str, Request]) -> None:
+        """Requests on one adapter. Most only wait for the first, and cost next to nothing."""
+        if adapter is not None and adapter.uid in self.snapshot.in_flight:
+            return  # a lock or a commit is on its way: what follows from it is decided after it
+        first, chosen = queue[0], queue
+        if adapter is not None and adapter.status.head_seq and not adapter.deleting and not self._refusal(adapter):
+            holder = self.snapshot.requests.get(adapter.active)
+            some = {request.uid: request for request in (first, holder, *at_work.values()) if request is not None}
+            self._tell_busy(queue, some)
+            chosen = sorted((request for request in some.values() if request.ended is None), key=lambda r: r.order)
+        for request in chosen:
+            if request.uid not in self.snapshot.in_flight:
+                with self._apart(request):
+                    self._request(request, adapter, request is first)
+
+    def _tell_busy(self, queue: list[Request], but: dict[str, Request]) -> None:
+        """Those that wait for others on their adapter, oldest first, are told so."""
+        for request in queue:
+            if request.says == Reason.ADAPTER_BUSY or request.uid in but:
+                continue
+            if not self.left[Say] or not self._due(request.created + self._delay):
+                break  # the younger ones have not waited for long either
+            if request.uid not in self.snapshot.in_flight:
+                self._say(request, Reason.ADAPTER_BUSY, describe(Reason.ADAPTER_BUSY))
+
+    def _bare(self, queue: list[Request], at_work: dict[str, Request], room: int) -> None:
+        """Bare requests of a kind. None waits for another: the first of them, as many as could run, stand for all."""
+        waiting, crowd = [request for request in queue if request.waits], 0
+        for request in (*at_work.values(), *waiting):
+            if request.uid in self.snapshot.in_flight:
+                continue
+            over = self._over_quota(request) if request.waits else None
+            if over is None and room > 0:
+                room -= request.waits
+                with self._apart(request):
+                    self._request(request, None, True)
+            elif over is not None:
+                self._say_quota(request, over)
+            elif self._teacher_is_ready(request, None):
+                crowd += 1
+                if request.says != Reason.NO_CAPACITY:
+                    self._say(request, Reason.NO_CAPACITY, describe(Reason.NO_CAPACITY))
+        pool = self.settings.pool(queue[0].pool or self.settings.default_pool)
+        if crowd and pool is not None:
+            self._demand(self._scope(pool, queue[0].namespace), crowd, crowd)
+
+    def _demand(self, scope: Scope, requests: int, steps: int) -> Demand:
+        """So many requests have no worker; with those behind them, there are so many steps to make."""
+        demand = self.demands[scope]
+        demand.requests += requests
+        demand.work_seconds += steps * self.snapshot.usage.typical_ms(self.now) / 1000
+        return demand
 
     # One request
 
@@ -184,16 +255,6 @@ class _Planner:
             self._bound(request, adapter, is_first)
         else:
             self._want(request, adapter, is_first, attempt=max(1, request.status.attempt))
-
-    def _still_busy(self, request: Request, adapter: Adapter | None) -> bool:
-        """Whether a request that waits for others on its adapter goes on waiting for them."""
-        return (
-            adapter is not None
-            and adapter.active != request.uid
-            and adapter.status.head_seq > 0
-            and adapter.deleting is None
-            and self._refusal(adapter) is None
-        )
 
     def _is_ours(self, request: Request, result: Result) -> bool:
         """Whether a successful result names a version that its namespace may have, beside its parent."""
@@ -243,18 +304,21 @@ class _Planner:
         """The next request on the adapter, which may have the lock in the same write."""
         if adapter.blocked or self._refusal(adapter):
             return None
+        # With a quota that is used up, the lock would keep a rollback waiting for as long.
         for other in self._queue(request):
             if other.uid == request.uid or other.uid in adapter.committed:
                 continue
             parent = other.status.parent
             bound_here = parent is None or parent.adapter_uid == adapter.uid
             if bound_here and not other.cancel and (other.problem is None or other.status.attempt):
-                return other
+                return None if other.waits and self._over_quota(other) else other
         return None
 
     def _end(
         self, request: Request, reason: str, message: str, *, lost: bool = False, adapter_gone: bool = False
     ) -> None:
+        if not self._takes(End):
+            return
         patch = status.ended(request, reason, message, self.now)
         note = None if reason == Reason.CANCELLED else Note(request, reason, message)
         self.first.append(
@@ -370,10 +434,16 @@ class _Planner:
                 return
             if adapter.active == request.uid and adapter.active_since:
                 since = max(adapter.active_since, since) if since else adapter.active_since
+        # What has begun goes on, and so does what its adapter already waits for.
+        begins = request.waits and (adapter is None or adapter.active != request.uid)
+        if begins and (over := self._over_quota(request)):
+            self._say_quota(request, over)
+            return
         if not self._teacher_is_ready(request, since):
             return
         assert pool is not None  # an unknown pool was refused above
-        self.wants.append(_Want(request, adapter, pool, attempt, retry, lost, but, since, why))
+        begun = max(request.created, since) if since else request.created
+        self.wants.append(_Want(request, adapter, pool, attempt, begun, retry, lost, but, since, why))
 
     def _refusal(self, adapter: Adapter) -> tuple[Reason, str] | None:
         """Why nothing can run on the adapter, however long it waits; None when something can."""
@@ -432,46 +502,99 @@ class _Planner:
         """It waits. Short waits are not worth a write."""
         known = Reason(reason) if reason in _REASONS else Reason.PENDING
         begun = max(request.created, since) if since else request.created
-        if not status.says(request, known, message) and self._due(begun + self._delay):
+        if not status.says(request, known, message) and self._due(begun + self._delay) and self._takes(Say):
             self.last.append(Say(request=request, status=status.pending(request, known, message, self.now)))
 
-    def _expire(self, request: Request) -> None:
-        ended, ttl = request.ended_at, request.ttl
-        if ended is not None and ttl is not None and self._due(ended + ttl):
-            self.last.append(DeleteRequest(request=request))
+    def _takes(self, kind: type[Action]) -> bool:
+        """Whether this plan has room for one more of what there may be thousands of; the next plan takes the rest."""
+        if not self.left[kind]:
+            return False
+        self.left[kind] -= 1
+        return True
+
+    def _expire(self) -> None:
+        """Times to live that have passed. Where a quota counts what was used, a request stays for its day."""
+        for at, uid in self.snapshot.expiring:
+            if not self._due(at):
+                break
+            request = self.snapshot.requests[uid]
+            if request.used_ms and self.settings.tenant(request.namespace).max_gpu_seconds_per_day:
+                at = day_after(request.used_at)
+            if self._due(at) and uid not in self.snapshot.in_flight and self._takes(DeleteRequest):
+                self.last.append(DeleteRequest(request=request))
+
+    # Quotas
+
+    def _over_quota(self, request: Request) -> tuple[str, str] | None:
+        """Why the namespace may not begin this request now, and when it may; None when it may."""
+        if request.namespace not in self.quotas:
+            self.quotas[request.namespace] = self._quota(request.namespace)
+        quota = self.quotas[request.namespace]
+        if quota.used_up is not None:
+            return quota.used_up
+        return quota.too_many if quota.last is not None and request.order > quota.last else None
+
+    def _quota(self, namespace: str) -> _Quota:
+        tenant, usage, quota = self.settings.tenant(namespace), self.snapshot.usage, _Quota()
+        if (seconds := tenant.max_gpu_seconds_per_day) and usage.day_ms(namespace, self.now) >= seconds * 1000:
+            frees_at = usage.below_at(namespace, seconds * 1000, self.now)
+            self.wake(frees_at)
+            used = usage.day_ms(namespace, self.now) / 1000
+            what = f"the namespace has used {used:.0f} of {seconds:.0f} GPU-seconds in the last 24 hours"
+            quota.used_up = (what, f"the next request may begin at {frees_at:%Y-%m-%dT%H:%M:%SZ}")
+        if limit := tenant.max_pending_requests:
+            orders = [r.order for line, queue in self.snapshot.queues.items() if line[0] == namespace for r in queue]
+            if len(orders) > limit:
+                quota.last = sorted(orders)[limit - 1]
+                what = f"the namespace has {len(orders)} requests that have not ended, and its limit is {limit}"
+                quota.too_many = (what, "the oldest go first, this one when so many of them have ended")
+        return quota
+
+    def _say_quota(self, request: Request, over: tuple[str, str]) -> None:
+        """Told again only when the time has changed: the numbers do so all the time."""
+        what, when = over
+        assigned = request.condition(ConditionType.ASSIGNED)
+        told = request.says == Reason.QUOTA_EXCEEDED and assigned is not None and assigned.message.endswith(when)
+        if not told:
+            self._say(request, Reason.QUOTA_EXCEEDED, f"{what}; {when}")
 
     # Who gets a worker
 
     def _assign(self, fleet: Fleet) -> None:
-        """Workers to wants: namespaces in turns, priority inside a namespace, then age."""
+        """Workers to wants: to the namespace that has used least for its weight, by priority inside it, then by age."""
         line: dict[str, list[_Want]] = defaultdict(list)
         for want in sorted(self.wants, key=lambda want: (-want.request.priority, want.request.order), reverse=True):
             line[want.request.namespace].append(want)  # the next is the last: popped from the end
-        used = self._usage()
-        turns = [(used[namespace], namespace) for namespace in line]
+        cost = self.snapshot.usage.typical_ms(self.now)
+        used = shares(line, self.snapshot.usage, self._holders(), self.now, cost)
+        weights = {namespace: self.settings.tenant(namespace).weight for namespace in line}
+        turns = [(used[namespace] / weights[namespace], namespace) for namespace in line]
         heapq.heapify(turns)
         while turns:
-            usage, namespace = heapq.heappop(turns)
+            taken, namespace = heapq.heappop(turns)
             want = line[namespace].pop()
             if self._place(want, fleet):
-                usage += 1
+                taken += cost / weights[namespace]
             if line[namespace]:
-                heapq.heappush(turns, (usage, namespace))
+                heapq.heappush(turns, (taken, namespace))
 
-    def _usage(self) -> Counter[str]:
-        """What each namespace uses now: workers at its requests. (Weights and GPU time past will go in here.)"""
+    def _holders(self) -> Iterator[Request]:
+        """What workers have or are about to have; without what is taken from them."""
         wanting = {want.request.uid for want in self.wants}
-        return Counter(
-            r.namespace for r in self.snapshot.unended() if r.worker and r.result is None and r.uid not in wanting
-        )
+        yield from (r for r in self.snapshot.running.values() if r.uid not in wanting)
+        for action in self.snapshot.in_flight.values():
+            if isinstance(action, (Bind, Lock)) and action.worker and action.request.uid not in self.snapshot.running:
+                yield action.request
 
     def _place(self, want: _Want, fleet: Fleet) -> bool:
         """Whether a worker had room for it."""
         request, adapter = want.request, want.adapter
-        scope = self._scope(want)
+        scope = self._scope(want.pool, request.namespace)
         worker = fleet.take(scope, want.but)
         if worker is None:
-            self.waiting[scope] += 1
+            demand = self._demand(scope, 1, 1 if request.bare else len(self._queue(request)))
+            moved = max(want.begun, fleet.latest.get(scope, want.begun))
+            demand.late += self._due(moved + timedelta(seconds=want.pool.scale_up_seconds))
             self.unplaced.append(want)
             return False
         if adapter is not None and adapter.active != request.uid:
@@ -495,13 +618,12 @@ class _Planner:
         patch = status.locked(adapter, request, self.now)
         self.then.append(Lock(adapter=adapter, request=request, status=patch, worker=worker))
 
-    def _scope(self, want: _Want) -> Scope:
-        shared = want.pool.isolation == "Shared"
-        return (want.pool.name, self.settings.namespace if shared else want.request.namespace)
+    def _scope(self, pool: Pool, namespace: str) -> Scope:
+        return pool.name, self.settings.namespace if pool.isolation == "Shared" else namespace
 
     def _say_no_capacity(self, fleet: Fleet) -> None:
         for want in self.unplaced:
-            pool, trouble = want.pool.name, fleet.trouble.get(self._scope(want))
+            pool, trouble = want.pool.name, fleet.trouble.get(self._scope(want.pool, want.request.namespace))
             message = f"no worker of pool {pool} starts: {trouble}" if trouble else describe(Reason.NO_CAPACITY)
             if want.why:
                 message = f"{want.why}; {message}"

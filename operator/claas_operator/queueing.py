@@ -1,8 +1,9 @@
 """Where a request stands in the queue and when it may be done, computed where it is read and never written.
 
 Pure functions over plain lists of parsed requests (`snapshot.parse(Kind.REQUEST, raw, now)`): the REST shim and the
-`claas` command call them with what they have just listed. The order is the planner's: namespaces take turns by what
-each has running, priority and then age inside a namespace, and requests on one adapter one after the other, by age.
+`claas` command call them with what they have just listed. The order is the planner's: the namespace that has used least
+of the workers for its weight comes first, priority and then age count inside a namespace, and requests on one adapter
+follow one another, by age. Who sees its own namespace alone sees the order inside it.
 
 The estimate replays that order on as many workers, each step as long as the recent ones took. It is honest in what it
 leaves out: it knows no step to come later, no failure and no worker that has yet to start, and where nothing has
@@ -13,14 +14,15 @@ from __future__ import annotations
 
 import heapq
 import statistics
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
 from claas_crds.reasons import Reason
 from claas_operator.snapshot import Request
+from claas_operator.usage import Usage, shares
 
 # The estimate is the median of so many of the latest steps.
 RECENT_STEPS: Final = 20
@@ -50,12 +52,19 @@ class Place:
     reason: str
 
 
-def place(request: Request, requests: Iterable[Request], now: datetime, workers: int | None = None) -> Place:
+def place(
+    request: Request,
+    requests: Iterable[Request],
+    now: datetime,
+    workers: int | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> Place:
     """Where `request` stands among `requests`, which may hold it and ended ones too.
 
     Args:
         requests: of one pool, of all namespaces, or the position is among fewer than there are.
         workers: requests that may run at a time; None: as many as are running now, and at least one.
+        weights: of namespaces, `tenants[].weight` in the chart's values; 1 where there is none.
 
     Raises:
         ValueError: `request` has ended, or workers is below 1.
@@ -68,7 +77,10 @@ def place(request: Request, requests: Iterable[Request], now: datetime, workers:
     unended = sorted((r for r in everyone.values() if r.ended is None), key=lambda r: r.order)
     running = [r for r in unended if _is_running(r)]
     step, steps = recent_step(everyone.values())
-    queue = _Queue(unended, running)
+    usage = Usage()
+    for other in everyone.values():
+        usage.put(other, now)
+    queue = _Queue(unended, running, usage, weights or {})
     slots = max(1, len(running)) if workers is None else workers
     if _is_running(request):
         left = None if step is None else _left(request, step, now)
@@ -106,8 +118,11 @@ Line = list[tuple[int, tuple[datetime, str, str], Chain]]
 class _Queue:
     """The planner's order, replayed."""
 
-    def __init__(self, unended: Sequence[Request], running: Sequence[Request]) -> None:
+    def __init__(
+        self, unended: Sequence[Request], running: Sequence[Request], usage: Usage, weights: Mapping[str, float]
+    ) -> None:
         self._running, taken = running, {request.uid for request in running}
+        self._usage, self._weights = usage, weights
         self._chains: dict[Chain, deque[Request]] = defaultdict(deque)
         for request in unended:
             if request.uid not in taken:
@@ -118,7 +133,9 @@ class _Queue:
         """The uids of what waits in the order in which workers would take them, and from now until when."""
         ends = [(_left(r, step, now), r.uid, r) for r in self._running]
         heapq.heapify(ends)
-        used = Counter(r.namespace for r in self._running)
+        cost = self._usage.typical_ms(now)
+        used = shares({namespace for namespace, _ in self._chains}, self._usage, self._running, now, cost)
+        used = {namespace: taken / self._weights.get(namespace, 1) for namespace, taken in used.items()}
         held = {(r.namespace, r.adapter_name) for r in self._running if r.adapter_name}
         lines: dict[str, Line] = defaultdict(list)
         for chain in self._chains:
@@ -132,10 +149,9 @@ class _Queue:
                 request = self._chains[chain].popleft()
                 order.append(request.uid)
                 starts[request.uid] = at
-                used[namespace] += 1
+                used[namespace] += cost / self._weights.get(namespace, 1)
                 heapq.heappush(ends, (at + step, request.uid, request))
             at, _, ended = heapq.heappop(ends)
-            used[ended.namespace] -= 1
             self._offer(lines, (ended.namespace, ended.adapter_name))
         return order, starts
 

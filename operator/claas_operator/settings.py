@@ -87,7 +87,11 @@ class Pool(_Part):
     linger_seconds: float = Field(300, ge=0, description="A worker leaves after so long without work.")
     max_requests: int = Field(1000, ge=1, description="A worker leaves after so many requests.")
     start_limit_seconds: float = Field(900, gt=0, description="From the Pod's start to its Lease saying Ready.")
-    batch: int = Field(1, ge=1, description="Requests bound to one worker at a time.")
+    batch: int = Field(1, ge=1, description="Requests bound to one worker at a time, for one batched step.")
+    scale_up_seconds: float = Field(
+        15, ge=0, description="Beside workers that are alive, another starts only if these would take longer."
+    )
+    queue_name: str = Field("", pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", description="Kueue's LocalQueue.")
     template: dict[str, Any] = Field(description="PodTemplateSpec with a container named worker.")
     operation_template: dict[str, Any] | None = Field(
         None, description="operations.template of this pool's adapters: with isolation Namespace, as the tenant."
@@ -112,6 +116,15 @@ class Pool(_Part):
                 f"pool {self.name}: minWorkers needs isolation Shared, or every namespace would hold a GPU"
             )
         return self
+
+
+class Tenant(_Part):
+    """What a namespace may have of the workers; 0: no limit."""
+
+    namespace: str = Field("*", description='A namespace, or "*" for each that has no entry of its own.')
+    weight: float = Field(1, gt=0, le=1000, description="Its share of the workers, while others wait as well.")
+    max_pending_requests: int = Field(0, ge=0, description="So many unended requests are served, the oldest; 0: all.")
+    max_gpu_seconds_per_day: float = Field(0, ge=0, description="Nothing new begins beyond it; 0: no limit.")
 
 
 class Operations(_Part):
@@ -167,6 +180,7 @@ class Settings(_Part):
     storage: Storage = Field(default_factory=Storage)
     teacher: Teacher | None = None
     pools: tuple[Pool, ...] = Field(min_length=1)
+    tenants: tuple[Tenant, ...] = ()
     operations: Operations
     timings: Timings = Field(default_factory=Timings)
 
@@ -182,6 +196,9 @@ class Settings(_Part):
             raise ValueError(
                 f"pools: {long[0]!r} is too long for a Job's name: at most {room} with this release's name"
             )
+        tenants = [tenant.namespace for tenant in self.tenants]
+        if len(set(tenants)) != len(tenants):
+            raise ValueError(f"tenants: namespaces must differ, found {', '.join(sorted(tenants))}")
         if len(self.instance) > 25:
             raise ValueError(f"instance {self.instance!r} is too long for a Job's name: at most 25 characters")
         return self
@@ -190,6 +207,11 @@ class Settings(_Part):
         """The pool of that name."""
         return next((pool for pool in self.pools if pool.name == name), None)
 
+    def tenant(self, namespace: str) -> Tenant:
+        """What `namespace` may have: by its own entry, or by the one for all."""
+        own = [tenant for tenant in self.tenants if tenant.namespace in (namespace, "*")]
+        return min(own, key=lambda tenant: tenant.namespace == "*", default=_ANYBODY)
+
     def prefixes(self, namespace: str) -> list[str]:
         """The storage prefixes of `namespace`."""
         return _of(self.storage.prefixes, namespace)
@@ -197,6 +219,9 @@ class Settings(_Part):
     def fork_prefixes(self, namespace: str) -> list[str]:
         """Where `namespace` may start adapters from, besides its own prefixes."""
         return _of(self.storage.fork_prefixes, namespace)
+
+
+_ANYBODY = Tenant()
 
 
 def load(path: Path) -> Settings:

@@ -8,6 +8,7 @@ with a note and never stops the rest. Prompts and responses are dropped while pa
 from __future__ import annotations
 
 import bisect
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,12 +24,16 @@ from claas_crds.model import Condition, explain, refusal
 from claas_crds.reasons import ConditionType, Outcome, Reason
 from claas_crds.request import DistillRequestSpec, DistillRequestStatus, Result
 from claas_operator.references import Index
+from claas_operator.usage import Usage
 
 Raw = Mapping[str, Any]
+# A queue: a namespace, and the name of its adapter or a kind of bare requests.
+Line = tuple[str, str]
 
 # A deleted object's uid is remembered this long: an answer to one of our writes may arrive after its DELETED event.
 TOMBSTONE_LIFE = timedelta(minutes=10)
 EPOCH = datetime.fromtimestamp(0, UTC)
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 # Why a container waits when all is well.
 _USUAL_WAITS = frozenset({"", "ContainerCreating", "PodInitializing"})
 # These two take turns while an image cannot be pulled; a message that flips between them would be written each time.
@@ -105,7 +110,10 @@ class Request(Entry):
     claimed_at: datetime | None  # of the current attempt
     first_claim: datetime | None  # `activeDeadlineSeconds` counts from here, over all attempts
     result_at: datetime | None
-    says_busy: bool  # its status says that it waits for its adapter, and nothing else is to be done about it
+    waits: bool  # never bound, not cancelled, not refused: all it needs is its turn, and to be told why it waits
+    says: str  # the reason that its status gives for that, if it was told of this generation
+    used_ms: int  # time of workers that it has used so far, in attempts that are over
+    used_at: datetime  # when that was told
     status: DistillRequestStatus
 
     @property
@@ -129,6 +137,11 @@ class Request(Entry):
         """Whether the bound worker claimed the current attempt."""
         claim = self.status.claim
         return claim is not None and claim.worker == self.worker and claim.attempt == self.status.attempt
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When its time to live is over."""
+        return self.ended_at + self.ttl if self.ended_at is not None and self.ttl is not None else None
 
     @property
     def order(self) -> tuple[datetime, str, str]:
@@ -210,6 +223,9 @@ class Job(Entry):
     operation: str
     adapter_uid: str
     made_for: int  # generation of the adapter that it was made for
+    begun: datetime  # it may have Pods since; a Job that was suspended begins anew
+    suspended: bool  # it may have none
+    queue: str  # of Kueue, which suspends what has to wait
     finished: datetime | None
     failed: bool
     message: str
@@ -268,9 +284,15 @@ class Snapshot:
     strangers: dict[str, datetime] = field(default_factory=dict)
     # Objects set aside because they could not be parsed, by uid: what is wrong with them.
     broken: dict[str, str] = field(default_factory=dict)
-    # Unended requests by (namespace, adapter name), oldest first; the name is empty for bare ones.
-    queues: dict[tuple[str, str], list[Request]] = field(default_factory=dict)
-    expiring: dict[str, Request] = field(default_factory=dict)
+    # Unended requests by `queue_of`: of an adapter, oldest first; bare ones of a kind, by priority and age.
+    queues: dict[Line, list[Request]] = field(default_factory=dict)
+    # Of these the ones that do more than wait for their turn.
+    at_work: dict[Line, dict[str, Request]] = field(default_factory=dict)
+    # Of these the ones that a worker has, and has not reported.
+    running: dict[str, Request] = field(default_factory=dict)
+    # When an ended request's time to live is over, and its uid, in this order.
+    expiring: list[tuple[datetime, str]] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
     served: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     # Who names which version.
     named: Index = field(default_factory=Index)
@@ -338,6 +360,7 @@ class Snapshot:
         listed = {uid for lease in self.leases.values() for uid in lease.running}
         self.gone = {uid: at for uid, at in self.gone.items() if now - at < TOMBSTONE_LIFE}
         self.strangers = {uid: at for uid, at in self.strangers.items() if uid in listed}
+        self.usage.trim(now)
 
     def by_name(self, kind: Kind, namespace: str, name: str) -> AnyEntry | None:
         """The object of that name."""
@@ -369,11 +392,16 @@ class Snapshot:
             if entry.worker:
                 self.served[entry.worker].add(entry.uid)
             if entry.ended is None:
-                queue = self.queues.setdefault((entry.namespace, entry.adapter_name), [])
-                bisect.insort(queue, entry, key=_order)
+                line = queue_of(entry)
+                bisect.insort(self.queues.setdefault(line, []), entry, key=_turn)
+                if not entry.waits:
+                    self.at_work.setdefault(line, {})[entry.uid] = entry
+                if entry.worker and entry.result is None:
+                    self.running[entry.uid] = entry
                 self.named.put_request(entry)
-            elif entry.ttl is not None:
-                self.expiring[entry.uid] = entry
+            elif entry.expires_at is not None:
+                bisect.insort(self.expiring, (entry.expires_at, entry.uid))
+            self.usage.put(entry, now)
         elif isinstance(entry, Adapter):
             self.named.put_adapter(entry)
         elif isinstance(entry, Lease):
@@ -387,22 +415,38 @@ class Snapshot:
         if not isinstance(entry, Request):
             return
         self.named.remove(entry.uid)
-        self.expiring.pop(entry.uid, None)
+        self.usage.remove(entry)
+        self.running.pop(entry.uid, None)
         if entry.worker:
             served = self.served[entry.worker]
             served.discard(entry.uid)
             if not served:
                 del self.served[entry.worker]
         if entry.ended is None:
-            key = (entry.namespace, entry.adapter_name)
-            queue = self.queues[key]
-            del queue[bisect.bisect_left(queue, entry.order, key=_order)]
+            line = queue_of(entry)
+            queue = self.queues[line]
+            del queue[bisect.bisect_left(queue, _turn(entry), key=_turn)]
             if not queue:
-                del self.queues[key]
+                del self.queues[line]
+            if (busy := self.at_work.get(line)) is not None:
+                busy.pop(entry.uid, None)
+                if not busy:
+                    del self.at_work[line]
+        elif entry.expires_at is not None:
+            del self.expiring[bisect.bisect_left(self.expiring, (entry.expires_at, entry.uid))]
 
 
-def _order(request: Request) -> tuple[datetime, str, str]:
-    return request.order
+def queue_of(request: Request) -> Line:
+    """The queue in which a request stands: its adapter's, or that of the bare requests which need what it needs."""
+    if request.adapter_name:
+        return request.namespace, request.adapter_name
+    # No object's name has a slash.
+    return request.namespace, f"/{request.pool}/{'teacher' if request.needs_teacher else ''}"
+
+
+def _turn(request: Request) -> tuple[int, datetime, str, str]:
+    """The order inside a queue: on an adapter age alone counts."""
+    return (0 if request.adapter_name else -request.priority, *request.order)
 
 
 def _uid(raw: Raw) -> str:
@@ -420,6 +464,8 @@ def parse(kind: Kind, raw: Raw, now: datetime, known: AnyEntry | None = None) ->
     created = parse_time(metadata["creationTimestamp"])
     if created is None:
         raise ValueError("metadata.creationTimestamp is empty")
+    if not _NAMESPACE.fullmatch(metadata["namespace"]):  # it becomes part of uris
+        raise ValueError("metadata.namespace is no namespace's name")
     common: dict[str, Any] = {
         "uid": _text(metadata["uid"]),
         "name": _text(metadata["name"]),
@@ -475,6 +521,7 @@ def _request(raw: Raw, common: dict[str, Any], now: datetime, known: Request | N
         ),
         None,
     )
+    ended_at = parse_time(ended.last_transition_time) if ended else None
     assigned_at = parse_time(status.assigned_at) or common["created"]
     claimed_at = _workers_time(status.claim.at, assigned_at, now) if status.claim else None
     same = known is not None and known.generation == common["generation"]
@@ -484,14 +531,15 @@ def _request(raw: Raw, common: dict[str, Any], now: datetime, known: Request | N
         **from_spec,
         worker=status.worker,
         ended=ended,
-        ended_at=parse_time(ended.last_transition_time) if ended else None,
+        ended_at=ended_at,
         assigned_at=assigned_at,
         claimed_at=claimed_at,
         first_claim=parse_time(status.first_claim_at) or claimed_at,
         result_at=_workers_time(status.result.at, assigned_at, now) if status.result else None,
-        says_busy=status.reason == Reason.ADAPTER_BUSY
-        and status.observed_generation == common["generation"]
-        and not (status.worker or from_spec["cancel"] or from_spec["problem"]),
+        waits=not (status.worker or from_spec["cancel"] or from_spec["problem"]),
+        says=status.reason if status.observed_generation == common["generation"] else "",
+        used_ms=status.gpu_ms,
+        used_at=ended_at or assigned_at,
         status=_FORGOTTEN if ended else status,
     )
 
@@ -611,6 +659,9 @@ def _job(raw: Raw, common: dict[str, Any], component: str, pool: str, labels: Ra
         operation=labels.get(names.OPERATION_LABEL, ""),
         adapter_uid=labels.get(names.ADAPTER_UID_LABEL, ""),
         made_for=_number(labels.get(names.GENERATION_LABEL, "")) or 1,
+        begun=parse_time((raw.get("status") or {}).get("startTime")) or common["created"],
+        suspended=(raw.get("spec") or {}).get("suspend") is True,
+        queue=_text(labels.get(names.KUEUE_QUEUE_LABEL, "")),
         finished=(parse_time(end.get("lastTransitionTime")) or common["created"]) if end else None,
         failed="Failed" in final,
         message=f"{end.get('reason', '')}: {end.get('message', '')}" if end and "Failed" in final else "",

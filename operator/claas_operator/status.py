@@ -92,6 +92,7 @@ def bound(request: Request, parent: Parent, worker: str, attempt: int, now: date
     return _request(request, now, "Assigned", "", [(ConditionType.ASSIGNED, True, Reason.BOUND, message)]) | {
         "worker": worker,
         "attempt": attempt,
+        "gpuMs": used_ms(request, now) or None,
         "assignedAt": format_time(now),
         "firstClaimAt": format_time(first) if first else None,
         "parent": json(parent),
@@ -120,13 +121,23 @@ def completed(request: Request, uri: str, version: str, reason: Reason, now: dat
         "Complete",
         reason if reason is Reason.NO_SIGNAL else "",
         [(ConditionType.COMPLETE, True, reason, message)],
-    ) | {"loraUri": uri, "version": version}
+    ) | {"loraUri": uri, "version": version, "gpuMs": used_ms(request, now)}
     if result is not None and (result.lora_uri == uri or result.outcome is Outcome.NO_SIGNAL):
         patch["metadata"] = json(result.metadata) if result.metadata else None
         patch["timings"] = json(_timings(request, result.timings or Timings()))
     if request.first_claim:
         patch["firstClaimAt"] = format_time(request.first_claim)
     return patch
+
+
+def used_ms(request: Request, now: datetime) -> int:
+    """The time of workers that it has used, with the current attempt's if that is over at `now`."""
+    result, held = request.result, _ms(request.claimed_at or now, request.result_at or now) or 0
+    if request.claimed_at is None:
+        return request.used_ms
+    # A worker's own word, where it ran others at the same time; never more than it was seen to take.
+    told = held if result is None or result.gpu_ms is None else result.gpu_ms
+    return request.used_ms + max(0, min(told, held))
 
 
 def _timings(request: Request, worker: Timings) -> Timings:
@@ -147,7 +158,7 @@ def ended(request: Request, reason: str, message: str, now: datetime) -> Patch:
         changes.append((ConditionType.ACCEPTED, False, reason, message))
     changes.append((ConditionType.FAILED, True, reason, message))
     state = "Cancelled" if reason == Reason.CANCELLED else "Failed"
-    return _request(request, now, state, reason, changes)
+    return _request(request, now, state, reason, changes) | {"gpuMs": used_ms(request, now)}
 
 
 def _adapter(adapter: Adapter, now: datetime, changes: Iterable[Change]) -> Patch:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
@@ -15,7 +15,7 @@ from typing import Final
 from claas_crds import names
 from claas_operator.actions import Bind, Fault, Fence, Lock, Note, StartJob
 from claas_operator.jobs import build_worker_job, worker_stem
-from claas_operator.settings import Settings
+from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Job, Kind, Lease, Pod, Request, Snapshot
 
 # Of a Pod whose pool is no longer configured.
@@ -48,6 +48,7 @@ class Fleet:
     alive: Counter[Scope] = field(default_factory=Counter)  # worker Jobs that hold, or will hold, a GPU
     draining: Counter[Scope] = field(default_factory=Counter)  # of these, the ones that take nothing more
     served: Counter[tuple[str, str]] = field(default_factory=Counter)  # by a worker's namespace and name
+    latest: dict[Scope, datetime] = field(default_factory=dict)  # when something was last given to one of them
     trouble: dict[Scope, str] = field(default_factory=dict)  # why a worker does not start
 
     def take(self, scope: Scope, but: str = "") -> str | None:
@@ -107,9 +108,15 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
     """What every scope has."""
     fleet = Fleet()
     fleet.served = _served(snapshot, settings)
-    load: Counter[tuple[str, str]] = Counter(
-        (workplace(r, snapshot, settings), r.worker) for r in snapshot.unended() if r.worker and r.result is None
-    )
+    load: Counter[tuple[str, str]] = Counter()
+    given: dict[tuple[str, str], datetime] = {}
+    begun = set[tuple[str, str]]()
+    for request in snapshot.running.values():
+        key = (workplace(request, snapshot, settings), request.worker)
+        load[key] += 1
+        given[key] = max(request.assigned_at, given.get(key, request.assigned_at))
+        if request.claimed:
+            begun.add(key)  # it goes on without company: what is bound to it now would wait there for the end
     for action in snapshot.in_flight.values():
         if isinstance(action, (Bind, Lock)) and action.worker:
             load[workplace(action.request, snapshot, settings), action.worker] += 1
@@ -119,6 +126,8 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
             continue
         scope = (pod.pool, pod.namespace)
         pods_of_job[pod.namespace, pod.job] = pod
+        if at := given.get((pod.namespace, pod.name)):
+            fleet.latest[scope] = max(at, fleet.latest.get(scope, at))
         if pod.trouble:
             fleet.trouble[scope] = min(pod.trouble, fleet.trouble.get(scope, pod.trouble))
         pool, lease = settings.pool(pod.pool), snapshot.lease_of(pod)
@@ -132,7 +141,7 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
         if pod.namespace != settings.namespace and snapshot.pod(settings.namespace, pod.name) is not None:
             continue  # no accident: what is bound to it could be taken for the Shared worker's
         key = (pod.namespace, pod.name)
-        slots = min(pool.batch - load[key], pool.max_requests - fleet.served[key])
+        slots = 0 if key in begun else min(pool.batch - load[key], pool.max_requests - fleet.served[key])
         fleet.ready[scope].append(Worker(pod.name, load[key], slots))
     for job in _unfinished(snapshot):
         scope = (job.pool, job.namespace)
@@ -143,10 +152,15 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
             fleet.draining[scope] += 1
         elif lease is None or lease.state == names.STATE_STARTING:
             fleet.starting[scope] += 1
-        if its_pod is None and now >= job.created + POD_LATE:
+        if its_pod is None and job.suspended:
+            # Kueue holds it back, or has taken its Pod away again; it goes on as the same Job.
+            fleet.trouble.setdefault(
+                scope, f"Job {job.name} is suspended: it waits for its turn in {job.queue or 'no queue'}"
+            )
+        elif its_pod is None and now >= job.begun + POD_LATE:
             fleet.trouble.setdefault(scope, f"Job {job.name} has no Pod; its events say why (a quota, an admission?)")
         elif its_pod is None:
-            wake(job.created + POD_LATE)
+            wake(job.begun + POD_LATE)
     for action in snapshot.in_flight.values():
         if not isinstance(action, StartJob) or not action.pool:
             continue
@@ -174,24 +188,28 @@ def _unfinished(snapshot: Snapshot) -> Iterator[Job]:
             yield job
 
 
-def start_workers(
-    snapshot: Snapshot, settings: Settings, fleet: Fleet, waiting: Counter[Scope], now: datetime, wake: Wake
-) -> Iterator[StartJob]:
-    """Worker Jobs for requests that no worker has room for, now or soon, up to the pool's maximum.
+@dataclass
+class Demand:
+    """Requests of a scope that could run now if there were a worker."""
 
-    Args:
-        waiting: requests of each scope that could run now if there were a worker.
-    """
+    requests: int = 0
+    late: int = 0  # of these, the ones that have waited for `scaleUpSeconds`, in which nothing got a worker
+    work_seconds: float = 0.0  # what they and the requests behind them are expected to take one worker
+
+
+def start_workers(
+    snapshot: Snapshot, settings: Settings, fleet: Fleet, demands: Mapping[Scope, Demand], now: datetime, wake: Wake
+) -> Iterator[StartJob]:
+    """Worker Jobs for requests that no worker has room for, now or soon, up to the pool's maximum."""
     served_jobs = {(namespace, worker.rpartition("-")[0]) for namespace, worker in fleet.served}
     for pool in settings.pools:
-        scopes = {scope for scope in (*waiting, *fleet.alive) if scope[0] == pool.name}
+        scopes = {scope for scope in (*demands, *fleet.alive) if scope[0] == pool.name}
         if pool.isolation == "Shared":
             scopes = {(pool.name, settings.namespace)}
         for scope in sorted(scopes):
-            each = min(pool.batch, pool.max_requests)
-            short = math.ceil((waiting[scope] - fleet.starting[scope] * each) / each)
-            missing = pool.min_workers - (fleet.alive[scope] - fleet.draining[scope])
-            count = min(max(short, missing), pool.max_workers - fleet.alive[scope])
+            staying = fleet.alive[scope] - fleet.draining[scope]
+            short = _short(pool, demands.get(scope, Demand()), staying, fleet.starting[scope])
+            count = min(max(short, pool.min_workers - staying), pool.max_workers - fleet.alive[scope])
             if count <= 0:
                 continue
             jobs = [job for job in snapshot.jobs.values() if (job.pool, job.namespace) == scope]
@@ -207,9 +225,24 @@ def start_workers(
             stem = worker_stem(settings, pool)
             highest = max([snapshot.taken_counters.get((scope[1], stem), 0), *(job.counter for job in jobs)])
             for i in range(count):
-                stays = fleet.alive[scope] - fleet.draining[scope] + i < pool.min_workers
+                stays = staying + i < pool.min_workers
                 manifest = build_worker_job(settings, pool, scope[1], highest + 1 + i, snapshot.owner_uid, stays=stays)
                 yield StartJob(manifest=manifest, pool=pool.name)
+
+
+def _short(pool: Pool, demand: Demand, staying: int, starting: int) -> int:
+    """How many workers are missing, of which the first start at once.
+
+    Beside workers that are alive, another starts only where these would take longer than `scaleUpSeconds` for what
+    waits; or, whatever was expected, where the queue has not moved for so long and no worker is on its way. A moment's
+    crowd is served sooner than a new worker is ready: counted alone, each would start one, which then idles.
+    """
+    each = min(pool.batch, pool.max_requests)
+    missing = math.ceil(demand.requests / each) - starting
+    if staying == 0 or missing <= 0 or pool.scale_up_seconds == 0:
+        return missing
+    by_work = math.ceil(demand.work_seconds / pool.scale_up_seconds) - staying
+    return min(missing, max(by_work, 0 if starting else math.ceil(demand.late / each)))
 
 
 def _failures_at_start(jobs: Iterable[Job], served_jobs: set[tuple[str, str]]) -> list[Job]:

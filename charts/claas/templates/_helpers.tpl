@@ -337,12 +337,20 @@ pools:
   maxRequests: {{ $pool.maxRequests }}
   startLimitSeconds: {{ $pool.startLimitSeconds }}
   batch: {{ $pool.batch }}
+  scaleUpSeconds: {{ $pool.scaleUpSeconds }}
+  {{- with $pool.queueName }}
+  queueName: {{ . }}
+  {{- end }}
   template:
     {{- include "claas.workerTemplate" (dict "root" $ "pool" $pool) | trim | nindent 4 }}
   {{- if eq $pool.isolation "Namespace" }}
   operationTemplate:
     {{- include "claas.operationTemplate" (dict "root" $ "pool" $pool) | trim | nindent 4 }}
   {{- end }}
+{{- end }}
+{{- with .Values.tenants }}
+tenants:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 operations:
   modelDir: {{ include "claas.studentPath" . }}
