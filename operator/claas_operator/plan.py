@@ -41,7 +41,7 @@ from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Adapter, Entry, Request, Snapshot, succeeded
 from claas_operator.usage import day_after, shares
 from claas_operator.workers import Demand, Fleet, Scope, backoff, fences, lost, pod_of, start_workers, survey
-from claas_store.errors import StoreError
+from claas_store.errors import StoreError, UriInvalid
 from claas_store.uris import is_beside, parent_folder, version_name
 
 # A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.
@@ -263,8 +263,11 @@ class _Planner:
         parent = request.status.parent
         if parent is None or not permitted(result.lora_uri, self.settings, request.namespace):
             return False
-        beside = parent_folder(result.lora_uri) == parent_folder(parent.uri)
-        return beside and is_beside(parent.uri, version_name(result.lora_uri))
+        try:
+            beside = parent_folder(result.lora_uri) == parent_folder(parent.uri)
+            return beside and is_beside(parent.uri, version_name(result.lora_uri))
+        except UriInvalid:
+            return False
 
     def _complete_committed(self, request: Request, adapter: Adapter) -> None:
         entry = next(e for e in reversed(adapter.status.history) if e.request_uid == request.uid)
