@@ -178,6 +178,24 @@ class Initialised(Answer):
 FINAL_STATES = frozenset({"Complete", "Failed", "Cancelled"})
 
 
+class Place(Answer):
+    """Where a request stands among those of all tenants; true for a moment.
+
+    Attributes:
+        position: 1 is the next to be given to a worker; 0: a worker has it.
+        ahead: requests that begin before it and have not ended, the running ones included.
+        starts_in_seconds: at the earliest; None: nothing is known to judge by.
+        ends_in_seconds: the same of its end.
+        note: what the numbers leave out.
+    """
+
+    position: int
+    ahead: int = 0
+    starts_in_seconds: float | None = None
+    ends_in_seconds: float | None = None
+    note: str = ""
+
+
 class Request(Answer):
     """A request: where it is, and how it ended. Never what it holds."""
 
@@ -199,6 +217,7 @@ class Request(Answer):
     cancelled: bool = False
     metadata: Metadata | None = None
     timings: Timings | None = None
+    place: Place | None = None
 
     @property
     def ended(self) -> bool:

@@ -26,7 +26,7 @@ from claas_operator.usage import Usage, shares
 
 # The estimate is the median of so many of the latest steps.
 RECENT_STEPS: Final = 20
-# Of a request that waits for one of these, nobody knows when it may go on.
+# Of a request that waits for one of these, and of those behind it on its adapter, nobody knows when they may go on.
 _OPEN_ENDED: Final = frozenset(
     {Reason.ADAPTER_NOT_FOUND, Reason.ADAPTER_NOT_READY, Reason.TEACHER_UNAVAILABLE, Reason.STORAGE_UNAVAILABLE}
 )
@@ -87,7 +87,8 @@ def place(
         return Place(0, 0, timedelta(0) if left is not None else None, left, steps, request.status.reason)
     order, starts = queue.replay(slots, step or timedelta(seconds=1), now)
     position = order.index(request.uid) + 1
-    known = step is not None and request.status.reason not in _OPEN_ENDED
+    chain = [r for r in unended if _chain(r) == _chain(request) and r.order <= request.order]
+    known = step is not None and not any(r.status.reason in _OPEN_ENDED for r in chain)
     starts_in = starts[request.uid] if known else None
     ends_in = starts_in + step if starts_in is not None and step is not None else None
     return Place(position, position - 1 + len(running), starts_in, ends_in, steps, request.status.reason)
@@ -101,6 +102,14 @@ def recent_step(requests: Iterable[Request]) -> tuple[timedelta | None, int]:
     return (timedelta(seconds=statistics.median(took)) if took else None), len(took)
 
 
+Chain = tuple[str, str]
+
+
+def _chain(request: Request) -> Chain:
+    """What is done one after the other. A bare request waits for nobody: it is a chain of its own."""
+    return (request.namespace, request.adapter_name or f"/{request.uid}")
+
+
 def _is_running(request: Request) -> bool:
     """Whether a worker has it, and has not reported."""
     return request.worker != "" and request.result is None
@@ -110,7 +119,6 @@ def _left(request: Request, step: timedelta, now: datetime) -> timedelta:
     return max(timedelta(0), request.assigned_at + step - now)
 
 
-Chain = tuple[str, str]
 # Of a namespace: the first request of each chain that may go next, best first.
 Line = list[tuple[int, tuple[datetime, str, str], Chain]]
 
@@ -126,8 +134,7 @@ class _Queue:
         self._chains: dict[Chain, deque[Request]] = defaultdict(deque)
         for request in unended:
             if request.uid not in taken:
-                # A bare request waits for nobody: it is a chain of its own.
-                self._chains[request.namespace, request.adapter_name or f"/{request.uid}"].append(request)
+                self._chains[_chain(request)].append(request)
 
     def replay(self, slots: int, step: timedelta, now: datetime) -> tuple[list[str], dict[str, timedelta]]:
         """The uids of what waits in the order in which workers would take them, and from now until when."""

@@ -380,6 +380,6 @@ def test_a_pending_request_says_why_and_where_it_stands(claas: Claas, stage: Shi
     found = claas("get", "request", id, "-o", "json").json
     assert (found["state"], found["reason"]) == ("Pending", "AdapterNotReady")
     assert found["message"]
-    if "KUBECONFIG" in claas.environment:
-        assert found["place"]["position"] >= 1
-        assert "namespace's requests" in found["place"]["note"]
+    assert found["place"]["position"] >= 1
+    assert ("namespace's requests" in found["place"]["note"]) == ("KUBECONFIG" in claas.environment)
+    assert f"{found['place']['position']}, with" in claas("get", "request", id).out

@@ -15,7 +15,7 @@ from claas_operator.shim import models as server
 BODIES = ["Message", "Sample", "LiteSample", "Training", "Teacher", "DistillBody", "LiteBody"]
 ANSWERS = [
     *("Numbers", "Metadata", "Timings", "Distilled", "Initialised", "Request", "Adapter", "Version", "Lineage"),
-    *("Part", "Workers", "Health", "Limits", "Caller", "ReasonMeaning", "FieldProblem"),
+    *("Place", "Part", "Workers", "Health", "Limits", "Caller", "ReasonMeaning", "FieldProblem"),
 ]
 
 

@@ -113,6 +113,10 @@ def test_more_workers_shorten_the_wait_of_other_adapters_and_not_of_the_same() -
 def test_what_waits_for_something_else_gets_a_place_and_no_estimate(reason: Reason) -> None:
     found = where("r", done("a", 10), request("r", status={"reason": reason}))
     assert (found.position, found.starts_in, found.reason) == (1, None, reason)
+    behind = request("s", created=later(1), status={"reason": Reason.ADAPTER_BUSY})
+    queue = [done("a", 10), request("r", status={"reason": reason}), behind]
+    assert where("s", *queue, at=2).starts_in is None, "nobody knows when its adapter is free"
+    assert where("t", *queue, request("t", "", created=later(2)), at=3).starts_in is not None
 
 
 def test_a_failed_step_is_no_measure_and_only_the_latest_are() -> None:

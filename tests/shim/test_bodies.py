@@ -177,6 +177,25 @@ def test_a_request_tells_where_it_is_and_nothing_of_what_it_holds() -> None:
     assert spec.to_request(request("r")).state == "Pending"
 
 
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        ("2025-12-31T23:59:59.250000Z", "2025-12-31T23:59:59.250000Z"),
+        ("2026-01-01T00:00:00.750000Z", "2026-01-01T00:00:00.750000Z"),
+        ("2026-01-01T00:00:01.250000Z", "2026-01-01T00:00:00Z"),
+        ("2025-12-31T23:00:00.000000Z", "2026-01-01T00:00:00Z"),
+        ("yesterday", "2026-01-01T00:00:00Z"),
+        (None, "2026-01-01T00:00:00Z"),
+    ],
+)
+def test_when_it_was_asked_for_is_believed_as_far_as_it_can_be(asked: str | None, shown: str) -> None:
+    """The call's own time has microseconds, a resource's creation has none; whoever may patch could write anything."""
+    raw = request("r")
+    raw["metadata"] |= {"creationTimestamp": "2026-01-01T00:00:00Z", "annotations": {spec.ASKED_ANNOTATION: asked}}
+    for each in (raw, spec.trim_request(raw)):
+        assert spec.to_request(each).created_at == shown
+
+
 def test_an_answer_has_the_nine_numbers_and_no_more() -> None:
     raw = request("r", status={"loraUri": URI, "metadata": NUMBERS | {"jsd": 0.1, "teacherId": "x"}})
     found = spec.to_distilled(raw)

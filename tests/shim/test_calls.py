@@ -123,6 +123,24 @@ def test_lite_brings_its_own_teacher(stage: ShimStage, team: httpx.Client) -> No
     assert spec["samples"][0]["teacherLogprobs"] == [-0.1, -0.2]
 
 
+def test_a_pending_request_tells_its_place(stage: ShimStage, team: httpx.Client) -> None:
+    """Behind its adapter's earlier ones; an estimate, for steps have ended before. An ended one has no place."""
+    done = team.post("/v1/distill", json=body(stage, "first")).headers["content-location"]
+    assert "place" not in team.get(done).json()
+    stage.adapter("queued", ready=False)
+    said = {"adapter": "queued", "prompt": "SECRET", "response": "SECRET"}
+    where = [team.post("/v1/distill?wait=0", json=said).headers["location"] for _ in range(3)]
+    shown = ("AdapterNotReady", "AdapterBusy")
+    stage.wait("their reasons", lambda: all(team.get(path).json()["reason"] in shown for path in where))
+    places = sorted((team.get(path).json()["place"] for path in where), key=lambda place: place["position"])
+    assert [place["position"] for place in places] == [1, 2, 3] == [place["ahead"] + 1 for place in places]
+    assert all("starts_in_seconds" not in place for place in places), "nobody knows when it will have a version"
+    held = team.post("/v1/distill?wait=0", json=body(stage, "held", prompt="takes 3 s")).headers["location"]
+    stage.wait("a worker to have it", lambda: team.get(held).json().get("place", {}).get("position") == 0)
+    assert 0 <= team.get(held).json()["place"]["ends_in_seconds"] < 60
+    assert team.get(held, params={"wait": 30}).json()["state"] == "Complete"
+
+
 def test_asynchronously(stage: ShimStage, team: httpx.Client) -> None:
     for headers, query in (({"Prefer": "respond-async"}, ""), ({}, "?wait=0")):
         answer = team.post(f"/v1/distill{query}", json=body(stage, "later"), headers=headers)

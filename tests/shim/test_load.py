@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from claas_operator.shim import spec
 from shimstage import Shim, ShimStage
 
 pytestmark = pytest.mark.controlplane
@@ -34,22 +35,25 @@ def said(stage: ShimStage, number: int, prompt: str = "SECRET") -> dict[str, Any
     return {"lora_uri": f"s3://adapters/{stage.team}/load-{number}/", "prompt": prompt, "response": "SECRET"}
 
 
-def times(stage: ShimStage, id_: str) -> tuple[float, float]:
-    """(creation, completion) by the request's status, seconds since 1970. Creation is cut to the second."""
+def times(stage: ShimStage, id_: str) -> tuple[float, float, float]:
+    """(creation, created_at, completion) of a request, seconds since 1970. Creation is cut to the second."""
     raw = stage.api("GET", stage.request_path(id_))
     (end,) = [c for c in raw["status"]["conditions"] if c["type"] == "Complete"]
     created = datetime.fromisoformat(raw["metadata"]["creationTimestamp"]).timestamp()
-    return created, datetime.fromisoformat(end["lastTransitionTime"]).timestamp()
+    shown = spec.to_request(raw)
+    assert shown.ended_at == end["lastTransitionTime"]
+    asked = datetime.fromisoformat(shown.created_at).timestamp()
+    return created, asked, datetime.fromisoformat(end["lastTransitionTime"]).timestamp()
 
 
 @pytest.mark.stress
 @pytest.mark.parametrize("seconds", [0.0, ARRIVAL_SECONDS], ids=["all in one moment", "one after another"])
 async def test_200_callers_hear_within_150_ms(stage: ShimStage, shim: Shim, seconds: float) -> None:
-    """Two measures: the issue's (answer time minus creation to completion), and one that the cut of creation times to
-    whole seconds cannot flatter: how long after its completion an answer was there.
+    """Three measures: answer time minus creation to completion, with the resource's creation, which is cut to the
+    second; the same with the API's created_at, which is not; and how long after its completion an answer was there.
 
-    Both hold for callers that arrive within a few seconds and wait side by side. When all arrive in one moment, the
-    making of 200 objects and connections on two shared cores is part of the first measure: it is printed, not judged.
+    When all arrive in one moment, the making of 200 objects is part of the first: 250 ms and more of one API server on
+    two cores, without any of us. It is judged for callers that arrive within a few seconds; the others always are.
     """
     async with client_of(stage, shim.url) as client:
         await client.post("/v1/distill", json=said(stage, 9999))
@@ -66,19 +70,23 @@ async def test_200_callers_hear_within_150_ms(stage: ShimStage, shim: Shim, seco
 
         measured = await asyncio.gather(*(call(number) for number in range(CALLERS)))
     assert {answer.status_code for _, _, answer in measured} == {200}
-    overhead, after = [], []
+    overhead, told, after = [], [], []
     for started, answered, answer in measured:
-        created, completed = times(stage, answer.headers["content-location"].rpartition("/")[2])
+        created, asked, completed = times(stage, answer.headers["content-location"].rpartition("/")[2])
         overhead.append(answered - started - (completed - created))
+        told.append(answered - started - (completed - asked))
         after.append(answered - completed)
     print(f"\n{CALLERS} callers within {seconds:g} s, {most} at once:")
-    for name, values in (("answer time - (completion - creation)", overhead), ("after completion", after)):
+    for name, values in (
+        ("answer time - (completion - creationTimestamp)", overhead),
+        ("answer time - (ended_at - created_at)", told),
+        ("after completion", after),
+    ):
         values.sort()
         p50, p99 = (values[int(len(values) * share)] * 1000 for share in (0.5, 0.99))
         print(f"  {name}: p50 {p50:.0f} ms, p99 {p99:.0f} ms")
-    if seconds:
-        assert overhead[int(len(overhead) * 0.99)] <= LATE_SECONDS
-        assert after[int(len(after) * 0.99)] <= LATE_SECONDS
+    for values in (told, after, *([overhead] if seconds else [])):
+        assert values[int(len(values) * 0.99)] <= LATE_SECONDS
 
 
 async def test_a_killed_shims_callers_get_the_one_right_answer_from_the_next(stage: ShimStage) -> None:
@@ -128,11 +136,14 @@ async def test_1000_waiting_callers_are_cheap_and_nobody_polls(stage: ShimStage)
         calls = [asyncio.create_task(client.post("/v1/distill?wait=300", json=asked)) for _ in range(WAITING)]
 
         async def made() -> int:
-            page, total, token = {}, 0, None
+            total, token = 0, None
             async with client_of(stage, shim.url) as another:
                 while True:
                     params = {"limit": 200} | ({"continue": token} if token else {})
-                    page = (await another.get("/v1/requests", params=params)).json()
+                    answer = await another.get("/v1/requests", params=params)
+                    if answer.status_code == 503:
+                        return 0  # an API server that is still busy with the thousand
+                    page = answer.json()
                     total += sum(r.get("adapter") == "asleep" for r in page["items"])
                     if not (token := page.get("continue")):
                         return total

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from claas_client.models import Adapter, Health, Lineage, Request, Version
+from claas_client.models import Adapter, Health, Lineage, Place, Request, Version
 from claas_crds import names
 from claas_crds.adapter import LoraAdapterStatus
 from claas_crds.model import explain
@@ -22,7 +22,7 @@ from claas_crds.reasons import ConditionType
 from claas_crds.request import DistillRequestSpec
 from claas_operator import queueing, snapshot
 from claas_operator.cli import installation
-from claas_operator.cli.door import Made, NewAdapter, Place, Work
+from claas_operator.cli.door import Made, NewAdapter, Work
 from claas_operator.cli.exits import Exit
 from claas_operator.cli.kube import Gone, Kube, Object, WatchBroken
 from claas_operator.cli.problem import Problem
@@ -108,8 +108,7 @@ class ClusterDoor:
             everyone = self._parsed(self._list(names.REQUEST_PLURAL), now)
             note = "among this namespace's requests; those of others are not seen"
         found = queueing.place(mine[0], everyone, now)
-        seconds = None if found.starts_in is None else found.starts_in.total_seconds()
-        return Place(found.position, found.ahead, seconds, note)
+        return Place.model_validate(spec.to_place(found, note).model_dump())
 
     @staticmethod
     def _parsed(raws: Iterable[Object], now: datetime) -> list[snapshot.Request]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from claas_client import errors
 from claas_client.client import Client
-from claas_client.models import Adapter, Health, Lineage, Request, Version
-from claas_operator.cli.door import Made, NewAdapter, Place, Work
+from claas_client.models import Adapter, Health, Lineage, Place, Request, Version
+from claas_operator.cli.door import Made, NewAdapter, Work
 from claas_operator.cli.exits import Exit
 from claas_operator.cli.problem import Problem
 
@@ -61,7 +61,7 @@ class UrlDoor:
             yield from self._client.requests(adapter=adapter)
 
     def place(self, id: str) -> Place | None:
-        """Unknown here."""
+        """The server's answer has it."""
         return None
 
     def cancel(self, id: str) -> Request:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from claas_client.models import Adapter, Health, Lineage, Request, Version
+from claas_client.models import Adapter, Health, Lineage, Place, Request, Version
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,6 @@ class Made:
     name: str | None = None
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a pending request stands, computed now and true for a moment.
-
-    Attributes:
-        position: 1 is the next to be given to a worker; 0: a worker has it.
-        ahead: requests that begin before it and have not ended, the running ones included.
-        starts_in_seconds: at the earliest; None: nothing is known to judge by.
-        note: what the numbers leave out.
-    """
-
-    position: int
-    ahead: int
-    starts_in_seconds: float | None = None
-    note: str = ""
-
-
 class Door(Protocol):
     """A connection to one installation, in one namespace. Each method raises `Problem` when it cannot do its part."""
 
@@ -87,7 +70,7 @@ class Door(Protocol):
         """The namespace's requests, or those of one adapter."""
 
     def place(self, id: str) -> Place | None:
-        """Where a pending request stands; None where that cannot be known this way."""
+        """Where a pending request stands; None where `request` tells as much as can be known."""
 
     def cancel(self, id: str) -> Request:
         """Asks to stop it."""

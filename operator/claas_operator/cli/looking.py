@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -63,11 +62,12 @@ def requests(target: Target, id: str | None, adapter: str | None, limit: int | N
     with opened(target, "claas get") as door:
         if id is not None:
             request = door.request(id)
-            place = None if request.ended else door.place(id)
+            if not request.ended and request.place is None:
+                request = request.model_copy(update={"place": door.place(id)})
             if form is Format.JSON:
-                write_json(request.model_dump(mode="json") | ({"place": asdict(place)} if place else {}))
+                write_json(request.model_dump(mode="json"))
             else:
-                write_fields(tables.request_fields(request, place))
+                write_fields(tables.request_fields(request))
             return Exit.OK
         newest_first = sorted(door.requests(adapter), key=lambda each: (each.created_at, each.id), reverse=True)
         found = newest_first[:limit]

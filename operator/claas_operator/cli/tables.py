@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from claas_client.models import Adapter, Numbers, Part, Request, Version, Workers
-from claas_operator.cli.door import Place
+from claas_client.models import Adapter, Numbers, Part, Place, Request, Version, Workers
 
 Fields = list[tuple[str, object]]
 
@@ -30,7 +29,7 @@ def request_row(request: Request) -> list[object]:
     ]
 
 
-def request_fields(request: Request, place: Place | None = None) -> Fields:
+def request_fields(request: Request) -> Fields:
     """All of it."""
     fields: Fields = [
         ("id", request.id),
@@ -40,7 +39,7 @@ def request_fields(request: Request, place: Place | None = None) -> Fields:
         ("reason", request.reason),
         ("message", request.message if not request.ended or request.state != "Complete" else ""),
         ("phase", request.phase),
-        *(place_fields(place) if place else []),
+        *(place_fields(request.place) if request.place else []),
         ("worker", request.worker),
         ("attempt", request.attempt or None),
         ("priority", request.priority or None),
@@ -53,10 +52,14 @@ def request_fields(request: Request, place: Place | None = None) -> Fields:
 
 def place_fields(place: Place) -> Fields:
     """Where a request stands in the queue."""
-    seconds = place.starts_in_seconds
-    estimate = "" if seconds is None else f"in {seconds:.0f} s at the earliest"
+    starts, ends = (
+        "" if seconds is None else f"in {seconds:.0f} s at the earliest"
+        for seconds in (place.starts_in_seconds, place.ends_in_seconds)
+    )
+    if place.position == 0:
+        return [("ends", ends)]
     queue = f"{place.position}, with {place.ahead} before it" + (f" ({place.note})" if place.note else "")
-    return [("place", queue), ("starts", estimate)]
+    return [("place", queue), ("starts", starts), ("ends", ends)]
 
 
 def step_fields(request: Request) -> Fields:

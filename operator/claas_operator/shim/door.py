@@ -26,6 +26,7 @@ from claas_operator.shim.http import CallerLeft
 from claas_operator.shim.informer import Informer, Subscription
 from claas_operator.shim.models import FieldProblem
 from claas_operator.shim.payloads import Payloads
+from claas_operator.shim.places import Places
 from claas_operator.shim.problems import Problem
 from claas_operator.shim.rates import Rates
 from claas_operator.shim.settings import ShimSettings
@@ -48,13 +49,14 @@ class Door:
         self.settings, self.cluster = settings, cluster
         self.auth = make_auth(settings, cluster)
         self.payloads = Payloads(settings, cluster, lambda: self.requests.synced.is_set() and self.requests.connected)
+        self.places = Places()
         self.requests = Informer(
             cluster,
             Kind.REQUEST,
             spec.trim_request,
             keep=lambda trimmed: spec.ended(trimmed) is None,
-            seen=self.payloads.seen,
-            lost=self.payloads.lost,
+            seen=(self.payloads.seen, self.places.seen),
+            lost=(self.payloads.lost, self.places.lost),
         )
         self.adapters = Informer(cluster, Kind.ADAPTER, spec.trim_adapter, keep=lambda _: True)
         self.health = HealthCheck(settings, cluster, self.watching)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -72,8 +72,8 @@ class Informer:
         kind: Kind,
         trim: Callable[[Object], Object],
         keep: Callable[[Object], bool],
-        seen: Callable[[Object], None] = lambda raw: None,
-        lost: Callable[[str], None] = lambda uid: None,
+        seen: Sequence[Callable[[Object], None]] = (),
+        lost: Sequence[Callable[[str], None]] = (),
     ) -> None:
         self._cluster, self._kind = cluster, kind
         self._trim, self._keep, self._seen, self._lost = trim, keep, seen, lost
@@ -176,7 +176,8 @@ class Informer:
         entry = self._entries.get(uid)
         if entry is not None and version <= entry.version:
             return
-        self._seen(raw)
+        for seen in self._seen:
+            seen(raw)
         trimmed = self._trim(raw)
         self._entries[uid] = _Entry(version, trimmed if self._keep(trimmed) else None)
         for subscription in self._subscriptions.get(uid, ()):
@@ -184,6 +185,7 @@ class Informer:
 
     def _remove(self, uid: str) -> None:
         self._entries.pop(uid, None)
-        self._lost(uid)
+        for lost in self._lost:
+            lost(uid)
         for subscription in self._subscriptions.get(uid, ()):
             subscription.tell(None)

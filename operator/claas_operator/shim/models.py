@@ -535,6 +535,18 @@ class Initialised(Answer):
 State = Literal["Pending", "Assigned", "Running", "Complete", "Failed", "Cancelled"]
 
 
+class Place(Answer):
+    """Where a request stands among those of all tenants; true for a moment."""
+
+    position: int = Field(description="1 is the next to be given to a worker; 0: a worker has it.")
+    ahead: int = Field(description="Requests that begin before it and have not ended, the running ones included.")
+    starts_in_seconds: float | None = Field(
+        None, description="At the earliest, by how long the latest steps took; absent: nothing is known to judge by."
+    )
+    ends_in_seconds: float | None = Field(None, description="The same of its end.")
+    note: str = Field("", description="What the numbers leave out.")
+
+
 class Request(Answer):
     """A DistillRequest: where it is, and how it ended. Never what it holds."""
 
@@ -544,7 +556,9 @@ class Request(Answer):
     reason: str = Field(description="Why it waits or has failed; empty while all is well.")
     message: str = Field(description="The same in a sentence.")
     phase: str = Field(description="What its worker is doing: Loading, Scoring, Stepping, Saving; else empty.")
-    created_at: str = Field(description="When it was asked for, in UTC.")
+    created_at: str = Field(
+        description="When it was asked for, in UTC: to the microsecond of a call here, else to the second."
+    )
     ended_at: str | None = Field(None, description="When it ended, in UTC.")
     adapter: str | None = Field(None, description="The LoraAdapter that it trains; absent for a bare lora_uri.")
     parent_uri: str | None = Field(None, description="The version that it trains, as far as that is known by now.")
@@ -556,6 +570,9 @@ class Request(Answer):
     cancelled: bool = Field(False, description="Whether somebody has asked to stop it.")
     metadata: Metadata | None = Field(None, description="What the step did, once committed.")
     timings: Timings | None = Field(None, description="How long it took, once committed.")
+    place: Place | None = Field(
+        None, description="Where it stands in the queue: in GET /v1/requests/{id}, while it has not ended."
+    )
 
 
 class RequestList(Answer):

@@ -216,7 +216,7 @@ async def _distill(
     key: str | None,
     route: str,
 ) -> Response:
-    raw = await _request_of(tenant, body, key, route)
+    raw = await _request_of(request, tenant, body, key, route)
     name = raw["metadata"]["name"]
     request.state.object = name
     where = tenant.location(Kind.REQUEST, name)
@@ -232,7 +232,7 @@ async def _distill(
 
 
 async def _request_of(
-    tenant: Tenant, body: models.DistillBody | models.LiteBody, key: str | None, route: str
+    request: Request, tenant: Tenant, body: models.DistillBody | models.LiteBody, key: str | None, route: str
 ) -> Object:
     """The DistillRequest that this call is: made now, or before by the same key."""
     door, namespace = tenant.door, tenant.namespace
@@ -256,7 +256,8 @@ async def _request_of(
         payload = await door.payload(namespace, samples)
     content = {"payloadRef": payload} if payload else {"samples": samples}
     try:
-        raw, made = await door.create(Kind.REQUEST, namespace, spec.request_object(name, wanted | content, digest))
+        whole = spec.request_object(name, wanted | content, digest, request.state.asked_at)
+        raw, made = await door.create(Kind.REQUEST, namespace, whole)
     except BaseException:
         if payload:
             door.payloads.drop(payload)
@@ -308,11 +309,14 @@ async def get_request(
         Query(ge=0, le=86400, allow_inf_nan=False, description="Answer when it has ended, or after so many seconds."),
     ] = None,
 ) -> Response:
-    """Where a request is, or how it ended."""
+    """Where a request is and stands in the queue, or how it ended."""
     raw = await tenant.door.read(Kind.REQUEST, tenant.namespace, id)
     seconds = min(wait or 0.0, tenant.door.settings.max_wait_seconds)
     raw = await tenant.door.until(request, Kind.REQUEST, raw, _ended, seconds)
-    return JSONResponse(_json(spec.to_request(raw)))
+    found = spec.to_request(raw)
+    if not _ended(raw):
+        found.place = await tenant.door.places.of(raw["metadata"]["uid"])
+    return JSONResponse(_json(found))
 
 
 @router.delete("/requests/{id}", status_code=HTTPStatus.ACCEPTED, response_model=models.Request, responses=_CANCELLED)

@@ -8,6 +8,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from claas_crds import names
@@ -15,9 +16,11 @@ from claas_crds.adapter import HistoryEntry, LoraAdapterSpec, LoraAdapterStatus
 from claas_crds.model import Condition
 from claas_crds.reasons import ConditionType, Reason, describe
 from claas_crds.request import DistillRequestStatus, Payload
+from claas_operator import queueing
 from claas_operator.shim import models
 from claas_operator.shim.models import DistillBody, InitBody, LiteBody
 from claas_operator.shim.settings import ShimSettings
+from claas_operator.snapshot import format_time, parse_time
 from claas_store import uris
 
 Object = dict[str, Any]
@@ -25,6 +28,8 @@ Object = dict[str, Any]
 # Set on what is made here; of an Idempotency-Key nothing is kept but these.
 DOOR_LABEL: Final = f"{names.GROUP}/door"
 BODY_ANNOTATION: Final = f"{names.GROUP}/body-digest"
+ASKED_ANNOTATION: Final = f"{names.GROUP}/asked-at"  # creationTimestamp is cut to the second
+ASKED_BEFORE: Final = timedelta(minutes=1)  # its creation at most; whoever may patch could write anything
 _ENDS: Final = frozenset({ConditionType.COMPLETE, ConditionType.FAILED})
 _STATES: Final = frozenset({"Pending", "Assigned", "Running", "Complete", "Failed", "Cancelled"})
 # Of an adapter without a version: nothing comes of waiting.
@@ -94,12 +99,13 @@ def request_spec(body: DistillBody | LiteBody, settings: ShimSettings) -> Object
     return spec
 
 
-def request_object(name: str, spec: Object, body_digest: str) -> Object:
+def request_object(name: str, spec: Object, body_digest: str, asked_at: datetime) -> Object:
     """The DistillRequest."""
+    annotations = {BODY_ANNOTATION: body_digest, ASKED_ANNOTATION: format_time(asked_at)}
     return {
         "apiVersion": names.API_VERSION,
         "kind": names.REQUEST_KIND,
-        "metadata": {"name": name, "labels": {DOOR_LABEL: "rest"}, "annotations": {BODY_ANNOTATION: body_digest}},
+        "metadata": {"name": name, "labels": {DOOR_LABEL: "rest"}, "annotations": annotations},
         "spec": spec,
     }
 
@@ -166,10 +172,10 @@ def trim_request(raw: Object) -> Object:
     """A DistillRequest without samples, claim and result: what somebody who waits may be told."""
     spec, status = raw.get("spec") or {}, raw.get("status") or {}
     meta = raw["metadata"]
+    kept = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")
+    asked = (meta.get("annotations") or {}).get(ASKED_ANNOTATION)
     return {
-        "metadata": {
-            name: meta.get(name) for name in ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")
-        },
+        "metadata": {name: meta.get(name) for name in kept} | {"annotations": {ASKED_ANNOTATION: asked}},
         "spec": {name: spec[name] for name in ("adapterRef", "loraUri", "priority", "cancel") if name in spec},
         "status": {name: value for name, value in status.items() if name not in ("claim", "result")},
     }
@@ -232,6 +238,18 @@ def _condition(conditions: list[Condition], kind: ConditionType) -> Condition | 
     return next((c for c in conditions if c.type == kind), None)
 
 
+def _asked_at(meta: Object) -> str:
+    """When the call came that made it, as far as that can be: else its creation, which is cut to the second."""
+    created: str = meta["creationTimestamp"]
+    try:
+        asked = parse_time((meta.get("annotations") or {}).get(ASKED_ANNOTATION))
+    except ValueError:
+        asked = None
+    when = parse_time(created)
+    believed = asked and when and when - ASKED_BEFORE <= asked < when + timedelta(seconds=1)
+    return format_time(asked) if asked and believed else created
+
+
 def to_request(raw: Object) -> models.Request:
     """What the API tells of a DistillRequest."""
     meta, spec = raw["metadata"], raw.get("spec") or {}
@@ -248,7 +266,7 @@ def to_request(raw: Object) -> models.Request:
             "reason": status.reason,
             "message": message,
             "phase": status.progress.phase if status.progress and end is None else "",
-            "created_at": meta["creationTimestamp"],
+            "created_at": _asked_at(meta),
             "ended_at": end.last_transition_time if end else None,
             "adapter": (spec.get("adapterRef") or {}).get("name"),
             "parent_uri": status.parent.uri if status.parent else spec.get("loraUri"),
@@ -261,6 +279,15 @@ def to_request(raw: Object) -> models.Request:
             "metadata": status.metadata.model_dump() if status.metadata else None,
             "timings": status.timings.model_dump() if status.timings else None,
         }
+    )
+
+
+def to_place(found: queueing.Place, note: str = "") -> models.Place:
+    """Where a request stands, as the API tells it."""
+    spans = (found.starts_in, found.ends_in)
+    starts, ends = (None if span is None else round(span.total_seconds(), 3) for span in spans)
+    return models.Place(
+        position=found.position, ahead=found.ahead, starts_in_seconds=starts, ends_in_seconds=ends, note=note
     )
 
 
