@@ -39,6 +39,12 @@ test-images: python ## the one test of the full images: build, import, run a req
 	@python3.11 tests/prepare.py
 	$(PY) -m pytest tests/e2e -q -m images --images
 
+.PHONY: chaos
+chaos: python ## the kill matrix, then random users and random kills: SEEDS=50 of them, or SEED=n again (minutes)
+	@python3.11 tests/prepare.py --tests
+	$(if $(SEED),,$(PY) -m pytest tests/chaos -q --stress)
+	$(PY) -m chaos.seeds $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),50))
+
 .PHONY: unit
 unit: env ## the tests that need no cluster, no vLLM and no images (a minute)
 	$(PY) -m pytest tests -q -m "not controlplane and not vllm and not cluster and not e2e and not images"

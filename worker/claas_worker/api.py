@@ -33,7 +33,8 @@ WATCH_SECONDS = 300  # after which the API server ends a watch, and we open the 
 CLAIM_LIMIT_SECONDS = 60.0
 REPORT_LIMIT_SECONDS = 600.0  # a finished step is worth waiting for; beyond it the process ends and a retry adopts
 BACKOFF_BASE_SECONDS, BACKOFF_CAP_SECONDS = 0.2, 5.0
-TRANSIENT_CODES = frozenset({0, 408, 429, 500, 502, 503, 504})
+# 409: the API server gave up merging our patch between the writes of others; a lost precondition is a 422.
+TRANSIENT_CODES = frozenset({0, 408, 409, 429, 500, 502, 503, 504})
 LOST_CODES = frozenset({403, 404, 409, 422})  # 422: a test failed; 403: the admission policy, bound to another Pod
 
 Answer = TypeVar("Answer")
