@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMESPACE = "claas-system"
 RELEASE = "claas"
 USER = "user123"
+# The second is the published API's example.
+PREFIXES = ("s3://adapters/{namespace}/", "s3://my-bucket/loras/{namespace}/")
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEACHER_SECONDS = 600
 ENGINE_SECONDS = 300
@@ -104,6 +106,8 @@ def install(cluster: Cluster, *, given: bool, full: bool = False) -> Deployment:
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": USER}},
     )  # fmt: skip
     values = _given_values() if given else _own_values(kubectl, cluster, full)
+    values["storage"] = {"prefixes": [{"namespace": "*", "uri": uri} for uri in PREFIXES]}
+    values["seaweedfs"]["buckets"] = [uri.split("/")[2] for uri in PREFIXES]
     deployment = Deployment(kubectl, given, cluster.tools)
     folder = bootstrap.cache_dir() / "values"
     folder.mkdir(parents=True, exist_ok=True)
