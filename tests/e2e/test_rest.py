@@ -1,4 +1,4 @@
-"""An application of the published API on the real cluster: its example byte for byte, with nothing but a bucket there."""
+"""An application of the published API on the real cluster: its example byte for byte, with only a bucket there."""
 
 from __future__ import annotations
 
