@@ -34,6 +34,9 @@ def test_it_is_openapi_3_1_and_every_operation_says_how_it_fails() -> None:
         assert operation["summary"] and operation["description"], path
         for parameter in operation.get("parameters", []):
             assert parameter.get("description") or parameter["schema"].get("description"), (path, parameter["name"])
+        assert {"Retry-After", "X-Request-Id"} <= operation["responses"]["default"]["headers"].keys()
+        if "202" in operation["responses"]:
+            assert operation["responses"]["202"]["headers"]["Location"]["required"], path
     for name, schema in found["components"]["schemas"].items():
         Draft202012Validator.check_schema(schema)
         assert schema.get("description"), name
@@ -86,6 +89,8 @@ def check(found: Raw, operation: Raw, answer: httpx.Response) -> None:
 def test_the_document_of_a_caller_names_their_prefix(stage: ShimStage, shim: Shim, team: httpx.Client) -> None:
     mine = team.get("/openapi.json").text
     assert f"s3://adapters/{stage.team}/coder-v1/" in mine
+    bodies = team.get("/openapi.json").json()["components"]["schemas"]
+    assert bodies["DistillBody"]["properties"]["pool"]["anyOf"][0]["enum"] == ["l40s"]
     with shim.client("") as nobody:
         assert "my-bucket" in nobody.get("/openapi.json").text
     with shim.client("nonsense") as stranger:
@@ -99,8 +104,13 @@ def test_the_page_works_without_a_network() -> None:
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     assert "http:" not in page.text and "https:" not in page.text and "<script>" not in page.text
-    for asset in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+    found = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert found[0] == "data:,", "no browser asks for an icon that is not there"
+    kinds = {".css": "text/css", ".js": "text/javascript"}
+    for asset in found[1:]:
         answer = browser.get(f"/{asset}")
         assert answer.status_code == 200 and answer.content, asset
         assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["content-type"].partition(";")[0] == kinds[asset[asset.rindex(".") :]]
+    assert len(found) == 4
     assert "openapi.json" in browser.get("/docs/start.js").text

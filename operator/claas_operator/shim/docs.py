@@ -38,11 +38,28 @@ _POLICY: Final = "; ".join(
 )
 _PAGE: Final = """<!doctype html>
 <html lang="en">
-<head><meta charset="utf-8"><title>CLaaS</title><link rel="stylesheet" href="docs/swagger-ui.css"></head>
+<head><meta charset="utf-8"><title>CLaaS</title><link rel="icon" href="data:,">
+<link rel="stylesheet" href="docs/swagger-ui.css"></head>
 <body><div id="ui"></div><script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script></body>
 </html>
 """
-_START: Final = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#ui", deepLinking: true, validatorUrl: null});\n'
+# Who has authorized gets their own document: its examples lie below their prefixes.
+_START: Final = """\
+let token;
+const own = () => ({statePlugins: {auth: {wrapActions: {authorize: (before, system) => (given) => {
+  const done = before(given);
+  token = given.bearer && given.bearer.value;
+  system.specActions.download(system.specSelectors.url());
+  return done;
+}}}}});
+SwaggerUIBundle({
+  url: "openapi.json", dom_id: "#ui", deepLinking: true, validatorUrl: null, plugins: [own],
+  requestInterceptor: (request) => {
+    if (request.loadSpec && token) request.headers.Authorization = "Bearer " + token;
+    return request;
+  },
+});
+"""
 _ASSETS: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 _ABOUT: Final = """\
 Feedback on one response of a model becomes one training step on your own LoRA adapter.
