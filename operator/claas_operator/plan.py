@@ -46,9 +46,9 @@ from claas_store.uris import is_beside, parent_folder, version_name
 
 # A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.
 FRESH_PROBES: Final = 5
-# One plan ends, tells and deletes at most so many each: a loop that writes 64 at a time has enough to do, and building
+# One plan ends, tells and deletes at most so many each: the loop writes no more at a time, and building
 # ten thousand patches would hold up whoever waits for a worker.
-MAX_PER_PLAN: Final = 256
+MAX_PER_PLAN: Final = 64
 # Of an adapter or a bare request that no waiting can mend: the request ends.
 _LASTING: Final = (Reason.UNKNOWN_POOL, Reason.BASE_MODEL_MISMATCH, Reason.STORAGE_DENIED)
 

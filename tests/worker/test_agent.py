@@ -332,6 +332,53 @@ def test_a_deleted_request_is_given_up(stage: WorkerStage) -> None:
     assert process.poll() is None
 
 
+def test_what_is_bound_together_runs_together_each_with_its_own_end(stage: WorkerStage) -> None:
+    """The first is alone and waits for nobody; those that come while it runs are one batch, up to its size."""
+    gate = Gate(stage.folder)
+    ready(stage, BATCH="3")
+    alone = stage.bound("hold")
+    stage.wait("the claim", lambda: "claim" in stage.status(alone))
+    company = [stage.bound(prompt) for prompt in ("takes 0.6 s", "bad", "hello")]
+    later = stage.bound("takes 0.2 s")
+    gate.open()
+    results = [stage.wait_result(name) for name in (*company, later)]
+    assert [result["outcome"] for result in results] == ["Succeeded", "Failed", "Succeeded", "Succeeded"]
+    assert results[1]["reason"] == "EmptyResponse"
+    claims = [stage.status(name)["claim"]["at"] for name in (*company, later)]
+    assert max(claims[:3]) < min(result["at"] for result in results[:3]), "all were claimed before any had run"
+    assert claims[3] > max(result["at"] for result in results[:3]), "a fourth has to wait"
+    assert len({result["gpuMs"] for result in results[:3]}) == 1, "each has its share of the time"
+    assert 200 <= results[0]["gpuMs"] <= 400
+    assert results[3]["gpuMs"] >= 200
+    stage.wait("the uids to leave the Lease", lambda: not stage.running())
+
+
+def test_a_request_of_a_batch_that_moved_on_is_dropped_and_the_others_are_not(stage: WorkerStage) -> None:
+    gate = Gate(stage.folder)
+    ready(stage, BATCH="2")
+    first = stage.bound("hold")
+    stage.wait("the claim", lambda: "claim" in stage.status(first))
+    moved, stays = stage.bound("hold"), stage.bound()
+    gate.open()
+    stage.wait("the second claim", lambda: "claim" in stage.status(stays))
+    stage.bind(moved, attempt=2, worker="another")
+    gate.open()
+    assert stage.wait_result(stays)["outcome"] == "Succeeded"
+    assert "result" not in stage.status(moved)
+
+
+def test_out_of_memory_in_a_batch_ends_the_worker_after_the_reports(stage: WorkerStage) -> None:
+    gate = Gate(stage.folder)
+    process = ready(stage, BATCH="2")
+    first = stage.bound("hold")
+    stage.wait("the claim", lambda: "claim" in stage.status(first))
+    fat, thin = stage.bound("memory"), stage.bound()
+    gate.open()
+    assert stage.wait_result(fat)["outcome"] == "Retryable"
+    assert stage.wait_result(thin)["outcome"] == "Succeeded"
+    assert stage.wait_exit(process) == 0
+
+
 def test_a_spec_that_this_release_cannot_read_is_a_result(stage: WorkerStage) -> None:
     ready(stage)
     name = stage.request()

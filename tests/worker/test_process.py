@@ -128,3 +128,21 @@ def test_kill_9_in_mid_step_leaves_no_version_and_the_next_attempt_makes_one(
     assert (result["outcome"], result["attempt"]) == ("Succeeded", 2)
     assert result["loraUri"].endswith("-a2/")
     assert read_version(result["loraUri"]).manifest.request_uid == stage.uid(name)
+
+
+@pytest.mark.controlplane
+def test_two_adapters_bound_together_are_trained_in_one_batched_step(
+    stage: WorkerStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = adapter(stage.folder, monkeypatch)
+    second = create_adapter(f"file://{stage.folder}/versions/b/", MODEL, models.tiny_qwen_dir(), Lora(r=4), "seed").uri
+    bound = [stage.bound("", **spec(uri)) for uri in (first, second)]
+    stage.start(REAL, MODEL_PATH=str(models.tiny_qwen_dir()), BATCH="2")
+    results = [stage.wait_result(name, 90) for name in bound]
+    assert [result["outcome"] for result in results] == ["Succeeded", "Succeeded"]
+    assert results[0]["gpuMs"] == results[1]["gpuMs"], "each has its share of one step"
+    for name, result, uri in zip(bound, results, (first, second), strict=True):
+        manifest = read_version(result["loraUri"]).manifest
+        assert manifest.request_uid == stage.uid(name)
+        assert manifest.parent is not None
+        assert manifest.parent.uri == uri

@@ -1,4 +1,5 @@
-"""The agent: a worker Pod's main loop. Requests that the operator bound to this Pod become results, one after another.
+"""The agent: a worker Pod's main loop. Requests that the operator bound to this Pod become results, one after another,
+or several in one batched step if they are there at the same time: nothing waits for company.
 
 For each: announce it in the Lease, claim it, run the step, report the result, take it off the Lease (protocol.md). The
 step is handed in, so that tests and benchmarks can run the loop with another one. Bad input is a result, never an exit
@@ -7,6 +8,7 @@ code. Three threads beside the main one, none of which a step can block: the Lea
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -14,7 +16,8 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any
 
@@ -25,7 +28,7 @@ from claas_crds import names
 from claas_crds.request import Result
 from claas_worker.api import CLAIM_LIMIT_SECONDS, Gone, Lost, Requests, Unreachable, backoff_seconds, retrying
 from claas_worker.config import AgentSettings
-from claas_worker.job import PHASES, Bound, Step, Unfit, failure, place
+from claas_worker.job import PHASES, BatchStep, Bound, Job, Report, Step, Unfit, failure, place
 from claas_worker.lease import WorkerLease
 
 log = logging.getLogger(__name__)
@@ -98,7 +101,7 @@ class Agent:
             except queue.Empty:
                 log.info("idle", extra={"seconds": idle_seconds})
                 return
-            if request is not None and self._run_one(request, step):
+            if request is not None and self._run(request, step):
                 idle_seconds, idle_since = self._settings.linger_seconds, monotonic()
 
     def _drain(self, step: Step) -> None:
@@ -114,64 +117,124 @@ class Agent:
             for request in new:
                 tried.add(request.key)
                 if not self._stopping:
-                    self._run_one(request, step)
+                    self._run(request, step)
 
     def _is_new(self, request: Bound) -> bool:
         return request.key not in self._run_before and request.claimable(self._requests.worker)
 
-    def _run_one(self, request: Bound, step: Step) -> bool:
-        """Announce, claim, run, report, leave; whether it was claimed.
+    def _run(self, first: Bound, step: Step) -> bool:
+        """Runs a request, together with others that have come by then if the step can; whether any was claimed.
 
         Raises:
             Unreachable: see `run`.
         """
-        if not self._is_new(request):
-            return False
-        who = {"uid": request.uid, "request": f"{request.namespace}/{request.name}", "attempt": request.attempt}
+        places = self._settings.batch if isinstance(step, BatchStep) else 1
+        claimed: list[Bound] = []
         try:
-            try:
-                self._lease.announce(request.uid)
-                request = self._requests.claim(request)
-            except Lost as lost:
-                log.info("not claimed", extra=who | {"why": str(lost)})
-                return False
-            except Unreachable as error:
-                log.warning("not claimed yet", extra=who | {"why": str(error)})
-                self._inbox.put(request)  # the operator moves it elsewhere, or we try again
-                return False
-            log.info("claimed", extra=who)
-            self._run_before[request.key] = None
-            if len(self._run_before) > REMEMBERED:
-                del self._run_before[next(iter(self._run_before))]
-            self._served += 1
-            if self._served >= self._settings.max_requests and not self._draining:
-                self._draining = True
-                self._lease.set_state(names.STATE_DRAINING)  # while it runs: no other one is bound here in vain
-            started = monotonic()
-            result = self._execute(request, step, who)
-            seconds = round(monotonic() - started, 3)
-            try:
-                self._requests.report(request, result)
-            except Lost as lost:
-                log.info("result not wanted any more", extra=who | {"why": str(lost)})
-            else:
-                end = {"outcome": result.outcome, "reason": result.reason, "seconds": seconds}
-                log.info("reported", extra=who | end)
+            request: Bound | None = first
+            while request is not None:
+                try:
+                    if (mine := self._claim(request)) is not None:
+                        claimed.append(mine)
+                except Unreachable as error:
+                    log.warning("not claimed yet", extra=_who(request) | {"why": str(error)})
+                    self._inbox.put(request)  # the operator moves it elsewhere, or we try again
+                    break
+                # A claim takes as long as the others of a batch need to arrive.
+                request = self._company() if len(claimed) < places and not self._draining else None
+            if claimed:
+                started = monotonic()
+                results = self._execute(claimed, step)
+                seconds = monotonic() - started
+                for mine, result in zip(claimed, results, strict=True):
+                    # What it has cost: its share of the time, where others had theirs.
+                    share = round(1000 * seconds / len(claimed))
+                    self._report(mine, result.model_copy(update={"gpu_ms": share}), seconds)
         finally:
-            self._lease.leave(request.uid)
-        return True
+            for mine in claimed:
+                self._lease.leave(mine.uid)
+        return bool(claimed)
 
-    def _execute(self, request: Bound, step: Step, who: dict[str, Any]) -> Result:
-        """The step's result; whatever it raises becomes one."""
-        self._progress.begin(request)
+    def _company(self) -> Bound | None:
+        """A request that is there already."""
+        while True:
+            try:
+                request = self._inbox.get_nowait()
+            except queue.Empty:
+                return None
+            if request is None or self._is_new(request):
+                return request
+
+    def _claim(self, request: Bound) -> Bound | None:
+        """Announces and claims it; None if it is not ours.
+
+        Raises:
+            Unreachable: it may be claimed or not.
+        """
+        if not self._is_new(request):
+            return None
+        who, kept = _who(request), False
         try:
-            return step(request.job(), self._progress.phase)
-        except Exception as error:
-            log.exception("attempt failed", extra=who)
-            self._stopping = self._stopping or isinstance(error, Unfit | MemoryError)
-            return failure(Unfit("out of memory") if isinstance(error, MemoryError) else error, request.attempt)
+            self._lease.announce(request.uid)
+            request = self._requests.claim(request)
+            kept = True
+        except Lost as lost:
+            log.info("not claimed", extra=who | {"why": str(lost)})
+            return None
         finally:
-            self._progress.end()
+            if not kept:
+                self._lease.leave(request.uid)
+        log.info("claimed", extra=who)
+        self._run_before[request.key] = None
+        if len(self._run_before) > REMEMBERED:
+            del self._run_before[next(iter(self._run_before))]
+        self._served += 1
+        if self._served >= self._settings.max_requests and not self._draining:
+            self._draining = True
+            self._lease.set_state(names.STATE_DRAINING)  # while it runs: no other one is bound here in vain
+        return request
+
+    def _report(self, request: Bound, result: Result, seconds: float) -> None:
+        """Writes the result, unless nobody wants it any more."""
+        who = _who(request)
+        try:
+            self._requests.report(request, result)
+        except Lost as lost:
+            log.info("result not wanted any more", extra=who | {"why": str(lost)})
+        else:
+            end = {"outcome": result.outcome, "reason": result.reason, "seconds": round(seconds, 3)}
+            log.info("reported", extra=who | end)
+
+    def _execute(self, requests: Sequence[Bound], step: Step) -> list[Result]:
+        """The results of one step; whatever it raises becomes one."""
+        for request in requests:
+            self._progress.begin(request)
+        try:
+            ends: dict[tuple[str, int], Result | Exception] = {}
+            tasks: dict[tuple[str, int], tuple[Job, Report]] = {}
+            for request in requests:
+                try:
+                    tasks[request.key] = (request.job(), functools.partial(self._progress.phase, request))
+                except Exception as error:  # noqa: BLE001 (it is its result)
+                    ends[request.key] = error
+            try:
+                if isinstance(step, BatchStep) and len(tasks) > 1:
+                    ends |= zip(tasks, step.batch(list(tasks.values())), strict=True)
+                else:
+                    ends |= {key: step(*task) for key, task in tasks.items()}
+            except Exception as error:  # noqa: BLE001 (it is everyone's who was in it)
+                ends |= dict.fromkeys(tasks, error)
+            return [self._end(request, ends[request.key]) for request in requests]
+        finally:
+            for request in requests:
+                self._progress.end(request)
+
+    def _end(self, request: Bound, end: Result | Exception) -> Result:
+        if isinstance(end, Result):
+            return end
+        log.error("attempt failed", extra=_who(request), exc_info=end)
+        self._stopping = self._stopping or isinstance(end, Unfit | MemoryError)
+        return failure(Unfit("out of memory") if isinstance(end, MemoryError) else end, request.attempt)
 
     def _watch(self) -> None:
         """Lists, then watches, again and again: what is bound here comes into the inbox, mostly more than once."""
@@ -200,8 +263,19 @@ class Agent:
             sleep(backoff_seconds(failures))
 
 
+@dataclass
+class _Shown:
+    """An attempt's phase, as it is and as it was written."""
+
+    request: Bound
+    phase: str
+    written: str
+    not_before: float
+
+
 class Progress:
-    """Writes the phase of the running attempt from a thread of its own, at most once in PROGRESS_SECONDS, latest first.
+    """Writes the phases of the running attempts from a thread of its own: of each at most one in PROGRESS_SECONDS, the
+    latest.
 
     Progress is for people: a write that fails is logged and left, and none delays the step.
     """
@@ -209,43 +283,48 @@ class Progress:
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
         self._change = threading.Condition()
-        self._request: Bound | None = None
-        self._phase, self._written = "", ""
-        self._not_before = 0.0
+        self._shown: dict[tuple[str, int], _Shown] = {}
         threading.Thread(target=self._write, name="progress", daemon=True).start()
 
     def begin(self, request: Bound) -> None:
         """An attempt was claimed; the claim itself showed the first phase."""
         with self._change:
-            self._request, self._phase, self._written = request, PHASES[0], PHASES[0]
-            self._not_before = monotonic() + PROGRESS_SECONDS
+            self._shown[request.key] = _Shown(request, PHASES[0], PHASES[0], monotonic() + PROGRESS_SECONDS)
 
-    def phase(self, phase: str) -> None:
-        """The step goes on to this phase."""
+    def phase(self, request: Bound, phase: str) -> None:
+        """Its step goes on to this phase."""
         with self._change:
-            self._phase = phase
-            self._change.notify()
+            if request.key in self._shown:
+                self._shown[request.key].phase = phase
+                self._change.notify()
 
-    def end(self) -> None:
+    def end(self, request: Bound) -> None:
         """The attempt is over: nothing more is written for it, but for a write that is on its way."""
         with self._change:
-            self._request = None
+            self._shown.pop(request.key, None)
 
     def _write(self) -> None:
         while True:
             with self._change:
-                while self._request is None or self._phase == self._written:
+                changed = [shown for shown in self._shown.values() if shown.phase != shown.written]
+                if not changed:
                     self._change.wait()
-                if (early := self._not_before - monotonic()) > 0:
+                    continue
+                shown = min(changed, key=lambda one: one.not_before)
+                if (early := shown.not_before - monotonic()) > 0:
                     self._change.wait(early)
                     continue
-                request, phase = self._request, self._phase
-                self._written, self._not_before = phase, monotonic() + PROGRESS_SECONDS
+                request, phase = shown.request, shown.phase
+                shown.written, shown.not_before = phase, monotonic() + PROGRESS_SECONDS
             try:
                 self._requests.progress(request, phase)
             except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
                 problem = f"HTTP {error.status}" if isinstance(error, ApiException) else type(error).__name__
                 log.warning("progress not written", extra={"uid": request.uid, "problem": problem})
+
+
+def _who(request: Bound) -> dict[str, Any]:
+    return {"uid": request.uid, "request": f"{request.namespace}/{request.name}", "attempt": request.attempt}
 
 
 def _end_process(raised: threading.ExceptHookArgs) -> None:

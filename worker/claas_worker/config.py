@@ -53,6 +53,7 @@ class AgentSettings:
     instance: str
     linger_seconds: float
     max_requests: int
+    batch: int  # requests in one batched step
     first_request_seconds: float
     lease_seconds: float
 
@@ -123,6 +124,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         instance=given.instance,
         linger_seconds=given.linger_seconds,
         max_requests=given.max_requests,
+        batch=given.batch,
         first_request_seconds=given.first_request_seconds,
         lease_seconds=given.lease_seconds,
     )
@@ -194,6 +196,11 @@ def _agent_flags(parser: argparse.ArgumentParser) -> None:
         "1000",
         "N",
         "end after so many requests; with 1: one Job each",
+        _positive,
+    )
+    _flag(
+        *(group, "--batch", names.ENV_BATCH, "1", "N"),
+        "requests of different adapters that are run in one batched step, if they are there at the same time",
         _positive,
     )
     _flag(

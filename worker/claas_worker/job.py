@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import ValidationError
 
@@ -57,6 +57,17 @@ class Job:
 
 
 Step = Callable[[Job, Report], Result]
+
+
+@runtime_checkable
+class BatchStep(Protocol):
+    """A step that runs several jobs, each on an adapter of its own, in the time of little more than one."""
+
+    def __call__(self, job: Job, report: Report) -> Result:
+        """Runs one."""
+
+    def batch(self, tasks: Sequence[tuple[Job, Report]]) -> list[Result | Exception]:
+        """Of each its result, or what it would have raised alone."""
 
 
 @dataclass(frozen=True)
