@@ -380,7 +380,7 @@ def test_ten_thousand_wait_and_one_plan_tells_some_of_them() -> None:
 def test_the_many_bare_requests_are_all_told_why_they_wait() -> None:
     seen = snapshot(*(waiting(f"r{i}", "team") for i in range(600)), *workers(WORKER), now=later(3))
     told = set[str]()
-    for _ in range(4):
+    for _ in range(1 + 600 // MAX_PER_PLAN):
         for i, action in enumerate(plan(seen, settings(pool={"maxWorkers": 1}), later(3)).actions):
             if isinstance(action, Say):
                 told.add(action.request.name)
