@@ -62,7 +62,7 @@ learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (h
 
 .PHONY: fuzz-api
 fuzz-api: env ## ten thousand generated calls of the REST API (five minutes)
-	CLAAS_FUZZ_EXAMPLES=500 $(PY) -m pytest tests/shim/test_fuzz.py -q -s --stress
+	CLAAS_FUZZ_EXAMPLES=600 $(PY) -m pytest tests/shim/test_fuzz.py -q -s --stress
 
 .PHONY: bench-api
 bench-api: env ## 200 callers at once: how late they hear, judged (on an idle machine); 1,000 that wait: what they cost

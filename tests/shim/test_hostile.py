@@ -182,7 +182,9 @@ def test_a_page_that_is_not_there(team: httpx.Client) -> None:
 
 def test_what_is_not_http(shim: Shim) -> None:
     for junk in (b"\x00" * 100, b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"A" * 100_000):
-        assert raw(shim, junk)[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 404"), junk[:20]
+        answer = raw(shim, junk)
+        assert answer[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 404"), junk[:20]
+        assert not answer or b"application/problem+json" in answer, answer
 
 
 def test_a_body_that_is_not_as_long_as_it_says(shim: Shim, stage: ShimStage) -> None:
@@ -236,3 +238,57 @@ def raw(shim: Shim, data: bytes) -> bytes:
         except (ConnectionError, TimeoutError):
             pass
     return found
+
+
+def head(stage: ShimStage, line: str, *headers: str) -> bytes:
+    """A call's beginning, with a token."""
+    lines = [line, "Host: x", "Connection: close", f"Authorization: Bearer {stage.token()}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+POST = "POST /v1/distill HTTP/1.1"
+TYPE = "Content-Type: application/json"
+STRANGE: dict[str, tuple[str, list[str], bytes]] = {
+    "chunks that are none": (POST, [TYPE, "Transfer-Encoding: chunked"], b"zz\r\n{}\r\n0\r\n\r\n"),
+    "a huge chunk": (POST, [TYPE, "Transfer-Encoding: chunked"], b"ffffffffffffffffffffff\r\n{"),
+    "two lengths": (POST, [TYPE, "Transfer-Encoding: chunked", "Content-Length: 2"], b"0\r\n\r\n"),
+    "gzip": (POST, [TYPE, "Content-Encoding: gzip", "Content-Length: 4"], b"\x1f\x8b\x08\x00"),
+    "a transfer encoding": (POST, [TYPE, "Transfer-Encoding: gzip, chunked"], b"0\r\n\r\n"),
+    "huge headers": (POST, [TYPE, f"X-Junk: {'x' * 100_000}", "Content-Length: 2"], b"{}"),
+    "many headers": (POST, [TYPE, *(f"X-{n}: {n}" for n in range(10_000)), "Content-Length: 2"], b"{}"),
+    "two tokens": (POST, [TYPE, "Authorization: Bearer x", "Content-Length: 2"], b"{}"),
+    "utf-16 by its type": (POST, ["Content-Type: application/json; charset=utf-16", "Content-Length: 2"], b"{}"),
+    "bytes in a header": (POST, [TYPE, "Prefer: \xff\xfe", "Content-Length: 2"], b"{}"),
+    "the whole url": ("GET http://elsewhere/v1/requests/x HTTP/1.1", [], b""),
+    "a query that is not utf-8": ("GET /v1/requests?continue=%ff%fe HTTP/1.1", [], b""),
+    "a parameter twice": ("GET /v1/requests?limit=1&limit=x HTTP/1.1", [], b""),
+    "a long query": (f"GET /v1/requests?continue={'x' * 20_000} HTTP/1.1", [], b""),
+    "an upgrade": ("GET /v1/requests/x HTTP/1.1", ["Upgrade: websocket", "Sec-WebSocket-Key: eA=="], b""),
+    "an unknown method": ("BREW /v1/distill HTTP/1.1", [], b""),
+    "OPTIONS": ("OPTIONS /v1/distill HTTP/1.1", ["Origin: http://x", "Access-Control-Request-Method: POST"], b""),
+    "OPTIONS of all": ("OPTIONS * HTTP/1.1", [], b""),
+    "CONNECT": ("CONNECT elsewhere:443 HTTP/1.1", [], b""),
+    "HEAD": ("HEAD /v1/distill HTTP/1.1", [], b""),
+    "a body with GET": ("GET /v1/requests/x HTTP/1.1", [TYPE, "Content-Length: 200000"], b"[" * 200_000),
+    "a NUL in the path": ("GET /v1/requests/%00 HTTP/1.1", [], b""),
+    "a doubly encoded path": ("GET /v1/requests/%252e%252e%252fsecrets HTTP/1.1", [], b""),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_calls(shim: Shim, stage: ShimStage, name: str) -> None:
+    """Refused, in our words; no other site is let in."""
+    line, headers, body = STRANGE[name]
+    answer = raw(shim, head(stage, line, *headers) + body)
+    begin, _, content = answer.partition(b"\r\n\r\n")
+    status = int(begin.split(b" ", 2)[1])
+    assert 400 <= status < 500, answer[:300]
+    assert b"access-control-allow" not in begin.lower()
+    assert b"application/problem+json" in begin and b"x-request-id" in begin.lower(), answer[:300]
+    assert not content or json.loads(content)["status"] == status
+
+
+def test_a_body_that_never_comes_holds_nobody_up(shim: Shim, stage: ShimStage, team: httpx.Client) -> None:
+    with socket.create_connection(("127.0.0.1", shim.port), timeout=5) as connection:
+        connection.sendall(head(stage, POST, TYPE, "Content-Length: 100") + b"{")
+        assert team.get("/v1/whoami").status_code == 200

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import uuid
 from collections.abc import AsyncIterator, Callable
 from types import FrameType
 from typing import Final
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from kubernetes.aio.config import ConfigException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from claas_operator.shim import docs
+from claas_operator.shim import docs, problems
 from claas_operator.shim.cluster import connect_cluster
 from claas_operator.shim.door import Door
 from claas_operator.shim.http import Envelope, install_handlers
+from claas_operator.shim.problems import Problem
 from claas_operator.shim.routes import router
 from claas_operator.shim.settings import ShimSettings
 
@@ -57,6 +61,23 @@ def make_app(settings: ShimSettings, *, started: Callable[[Door], None] = lambda
     return app
 
 
+class _Http(H11Protocol):
+    """h11 bounds a call's headers, httptools does not. What is no HTTP is refused in our words, too."""
+
+    def send_400_response(self, msg: str) -> None:
+        """A problem, as every answer."""
+        request_id = uuid.uuid4().hex
+        answer = Problem(problems.MALFORMED, "the call is not HTTP/1.1", fix="see RFC 9112").answer(request_id)
+        headers = [*answer.raw_headers, (b"x-request-id", request_id.encode())]
+        for event in (
+            h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=b"Bad Request"),
+            h11.Data(data=bytes(answer.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """On SIGTERM, whoever waits is told at once where to ask again; uvicorn alone would wait for them to end."""
 
@@ -84,7 +105,7 @@ def run(settings: ShimSettings, *, host: str = "127.0.0.1", port: int = 8080, lo
         make_app(settings, started=started),
         host=host,
         port=port,
-        http="h11",  # bounds a call's headers; httptools does not
+        http=_Http,
         ws="none",
         log_config=None,
         access_log=False,

@@ -61,6 +61,9 @@ SwaggerUIBundle({
 });
 """
 _ASSETS: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
+# As `claas_store.uris` has it, but for its length in bytes: neither `.` nor `..`, and no character with two readings.
+_NAMES: Final = r"/?#\\\x00-\x20\x7f-\x9f\u2028\u2029"
+_SEGMENT: Final = f"[^.{_NAMES}][^{_NAMES}]{{0,254}}|[.][^.{_NAMES}][^{_NAMES}]{{0,253}}|[.][.][^{_NAMES}]{{1,253}}"
 _ABOUT: Final = """\
 Feedback on one response of a model becomes one training step on your own LoRA adapter.
 
@@ -171,7 +174,8 @@ def tailored(found: dict[str, Any], prefixes: Sequence[str], pools: Mapping[str,
     """The document for somebody whose uris lie below `prefixes`, where these pools hold these base models."""
     mine = copy.deepcopy(found)
     roots = [prefix.rstrip("/") for prefix in prefixes]
-    pattern = f"^({'|'.join(re.escape(root) for root in roots)})(/[A-Za-z0-9_-][A-Za-z0-9._-]{{0,199}})+/?$"
+    escaped = (re.sub(r"[.^$*+?()[\]{}|\\]", r"\\\g<0>", root) for root in roots)  # re.escape's is not ECMA 262's
+    pattern = f"^({'|'.join(escaped)})(/({_SEGMENT}))+/?$"
     old = models.EXAMPLE_URI.partition("/coder-v1")[0]
 
     def visit(node: Any) -> Any:
