@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -267,3 +268,12 @@ def test_a_mistake_in_the_settings_is_named(tmp_path: Any, changes: Raw, words: 
     with pytest.raises(SettingsError) as caught:
         load(path)
     assert words in str(caught.value)
+
+
+def test_a_field_has_the_bounds_and_the_words_of_the_resource() -> None:
+    """Written once, in the contract; JSON's names and its default are told with them."""
+    for ours, theirs in ((models.Training, crd.Training), (models.Sample, crd.Sample)):
+        for name, field in ours.model_fields.items():
+            assert [*map(repr, field.metadata)] == [*map(repr, theirs.model_fields[name].metadata)], name
+            assert field.description and not re.search("[a-z][A-Z]", field.description.replace("AdamW", "")), name
+    assert models.Training.model_fields["clip_eps"].description == "PPO clip range of the importance ratio (0.2)."

@@ -30,24 +30,20 @@ A request's `id` is its object's name in the namespace. Every error is a `Proble
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from claas_crds import request as contract
 from claas_crds.adapter import ModuleName
 from claas_crds.model import URI_PATTERN, ModelId, ObjectName
-from claas_crds.request import (
-    MAX_PAYLOAD_MESSAGES,
-    MAX_PAYLOAD_SAMPLES,
-    MAX_PAYLOAD_TEXT,
-    MAX_RESPONSE_TOKENS,
-    Logprob,
-    TokenId,
-)
+from claas_crds.request import MAX_PAYLOAD_SAMPLES, MAX_PAYLOAD_TEXT, Logprob, TokenId
 
 Text = Annotated[str, Field(max_length=MAX_PAYLOAD_TEXT)]
 Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=URI_PATTERN)]
@@ -87,6 +83,33 @@ class Body(BaseModel):
         return self
 
 
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _in_words_of_rest(of: FieldInfo) -> str:
+    """A field's description with snake_case names and, for a number, its default."""
+    text = re.sub("(?<=[a-z])[A-Z]+", lambda letters: f"_{letters[0].lower()}", of.description or "")
+    number = isinstance(of.default, int | float) and not isinstance(of.default, bool)
+    return f"{text.removesuffix('.')} ({of.default:g})." if number else text
+
+
+def _as_in(contract: type[BaseModel]) -> Callable[[type[Model]], type[Model]]:
+    """Says of each field what the resource's says, where nothing else is said here: text, bounds, default."""
+
+    def fill(model: type[Model]) -> type[Model]:
+        for name, field in model.model_fields.items():
+            of = contract.model_fields.get(name)
+            if of is None:
+                continue
+            if issubclass(model, Body):
+                field.metadata = field.metadata or of.metadata
+            field.description = field.description or _in_words_of_rest(of)
+        model.model_rebuild(force=True)
+        return model
+
+    return fill
+
+
 class Answer(BaseModel):
     """A part of what is answered."""
 
@@ -96,11 +119,12 @@ class Answer(BaseModel):
 # What is sent
 
 
+@_as_in(contract.Message)
 class Message(Body):
     """One turn of a chat."""
 
-    role: Literal["system", "user", "assistant", "tool"] = Field(description="Whose turn it is.")
-    content: Text = Field(description="What was said, without chat markup.")
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Text
 
 
 def _one_of(*names: str) -> Callable[[Any], bool]:
@@ -133,41 +157,21 @@ _CONVERSATION: Final[JsonDict] = {
 }
 
 
+@_as_in(contract.Sample)
 class Sample(Body):
     """One response and what is known about it."""
 
-    prompt: Text | None = Field(None, description="A single user turn. Either this or messages.")
-    messages: list[Message] | None = Field(
-        None,
-        min_length=1,
-        max_length=MAX_PAYLOAD_MESSAGES,
-        json_schema_extra={"allOf": [_CONVERSATION]},
-        description="The conversation up to the response; its last turn is a user's or tool's. Either this or prompt.",
-    )
-    response: Text | None = Field(
-        None, description="The model's answer as text, without chat markup. Either this or response_token_ids."
-    )
-    response_token_ids: list[TokenId] | None = Field(
-        None,
-        min_length=1,
-        max_length=MAX_RESPONSE_TOKENS,
-        description="The model's answer as token ids of the base model's tokenizer; never re-encoded.",
-    )
-    finish_reason: Literal["stop", "length"] | None = Field(
-        None, description="How the response ended; stop (or absent) appends the end-of-turn token to a text response."
-    )
-    feedback: Text | None = Field(
-        None, description="What was said about the response, by a person or by the environment."
-    )
+    prompt: Text | None = None
+    messages: list[Message] | None = Field(None, json_schema_extra={"allOf": [_CONVERSATION]})
+    response: Text | None = None
+    response_token_ids: list[TokenId] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    feedback: Text | None = None
     feedback_source: Literal["Person", "Environment"] | None = Field(
         None, description="Person (default): somebody's opinion. Environment: output of tests, compilers or tools."
     )
-    solution: Text | None = Field(None, description="A better response, shown to the teacher only.")
-    rollout_logprobs: list[Logprob] | None = Field(
-        None,
-        max_length=MAX_RESPONSE_TOKENS,
-        description="Log-probabilities of the response's tokens when it was sampled, for importance ratios.",
-    )
+    solution: Text | None = None
+    rollout_logprobs: list[Logprob] | None = None
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule("prompt", "set exactly one of prompt and messages", _one_of("prompt", "messages")),
@@ -201,46 +205,22 @@ class LiteSample(Sample):
     teacher_logprobs: TeacherLogprobs = Field(description=_TEACHER_LOGPROBS)
 
 
+@_as_in(contract.Training)
 class Training(Body):
     """Hyper-parameters of the step; every one has a default."""
 
-    learning_rate: float | None = Field(None, gt=0, le=1, description="AdamW learning rate of the step; 1e-4.")
-    alpha: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Divergence: 0 forward KL(q||p), 0.5 (default) Jensen-Shannon, 1 reverse KL(p||q).",
-    )
-    clip_eps: float | None = Field(None, ge=0, le=10, description="PPO clip range of the importance ratio; 0.2.")
-    max_grad_norm: float | None = Field(
-        None, gt=0, le=1e6, description="Gradients of the adapter are scaled down to this L2 norm; 1.0."
-    )
-    jsd_reg_weight: float | None = Field(
-        None,
-        ge=0,
-        le=1000,
-        description="Weight of the divergence term; 0.5, or 1 with preset paper, or 0 without a top-K (lite).",
-    )
-    pg_weight: float | None = Field(
-        None, ge=0, le=1000, description="Weight of the policy-gradient term; 1, or 0 with preset paper."
-    )
-    teacher_top_k: int | None = Field(
-        None,
-        ge=1,
-        le=100,
-        description="Tokens of the vocabulary compared at each position; 100. The rest is one bucket.",
-    )
-    inner_steps: int | None = Field(None, ge=1, le=16, description="Optimizer steps on the same samples; 1.")
-    advantage_clip: float | None = Field(None, gt=0, le=1000, description="Advantages are clamped to +-this; 10.")
-    anchor_kl_weight: float | None = Field(
-        None, ge=0, le=1000, description="Weight of KL(adapter || base model), which holds it near its base; 0."
-    )
-    preset: Literal["default", "paper"] | None = Field(
-        None, description="paper: the divergence alone (pg_weight 0, jsd_reg_weight 1)."
-    )
-    truncate_response: Literal["head"] | None = Field(
-        None, description="head: keep a too long response's first tokens instead of refusing it."
-    )
+    learning_rate: float | None = None
+    alpha: float | None = None
+    clip_eps: float | None = None
+    max_grad_norm: float | None = None
+    jsd_reg_weight: float | None = None
+    pg_weight: float | None = None
+    teacher_top_k: int | None = None
+    inner_steps: int | None = None
+    advantage_clip: float | None = None
+    anchor_kl_weight: float | None = None
+    preset: Literal["default", "paper"] | None = None
+    truncate_response: Literal["head"] | None = None
 
 
 class Teacher(Body):
@@ -449,53 +429,56 @@ class RollbackBody(Body):
 # What is answered
 
 
+@_as_in(contract.Metadata)
 class Numbers(Answer):
     """The nine numbers of the published API. Sums are over the response's tokens; total_loss = pg_loss + jsd_reg."""
 
-    total_loss: float = Field(description="pg_loss + jsd_reg (and the anchor, where it is on).")
-    pg_loss: float = Field(description="Policy-gradient term, weighted.")
-    jsd_reg: float = Field(description="Divergence term, weighted.")
-    mean_advantage: float = Field(description="Mean signed advantage; at most 0 on-policy.")
-    frac_positive_advantage: float = Field(description="Share of tokens the teacher likes better than the student.")
-    mean_is_ratio: float = Field(description="Mean importance ratio, unclipped.")
-    clip_fraction: float = Field(description="Share of ratios beyond the clip range.")
-    grad_norm: float = Field(description="L2 norm of the adapter's gradients before clipping.")
-    tokens_processed: int = Field(description="Response tokens.")
+    total_loss: float
+    pg_loss: float
+    jsd_reg: float
+    mean_advantage: float
+    frac_positive_advantage: float
+    mean_is_ratio: float
+    clip_fraction: float
+    grad_norm: float
+    tokens_processed: int
 
 
+@_as_in(contract.Metadata)
 class Metadata(Numbers):
     """The nine numbers, and what else is known of the step."""
 
-    anchor: float | None = Field(None, description="Anchor term, weighted; absent when off.")
-    jsd: float | None = Field(None, description="Mean divergence, unweighted, in nats.")
-    mean_abs_advantage: float | None = Field(None, description="Mean absolute advantage.")
-    active_clip_fraction: float | None = Field(None, description="Share of tokens whose gradient the clip zeroed.")
-    teacher_topk_mass: float | None = Field(None, description="Mean teacher mass on the compared tokens.")
-    student_topk_mass: float | None = Field(None, description="Mean student mass on the compared tokens.")
-    chosen_in_topk_fraction: float | None = Field(None, description="Share of response tokens among the compared ones.")
-    student_entropy: float | None = Field(None, description="Mean entropy of the student in nats.")
-    update_norm: float | None = Field(None, description="L2 norm of the change of the adapter's weights.")
-    effective_learning_rate: float | None = Field(None, description="After warm-up.")
-    optimizer_step: int | None = Field(None, description="Optimizer steps so far in this adapter's life.")
-    optimizer_state: str | None = Field(None, description="resumed, fresh, or fresh with the reason why.")
-    old_logprobs_source: str | None = Field(None, description="rollout or snapshot.")
-    advantage_clamps: int | None = Field(None, description="Advantages that advantage_clip bounded.")
-    teacher_id: str | None = Field(None, description="Model that scored the response.")
-    teacher_mode: str | None = Field(None, description="Server, Self or Provided.")
-    teacher_contrast: float | None = Field(None, description="contrast in effect; absent when off.")
-    truncated: bool | None = Field(None, description="Whether a response or a prompt was cut.")
-    template_id: str | None = Field(None, description="Wording of the teacher's context, with version.")
+    anchor: float | None = None
+    jsd: float | None = None
+    mean_abs_advantage: float | None = None
+    active_clip_fraction: float | None = None
+    teacher_topk_mass: float | None = None
+    student_topk_mass: float | None = None
+    chosen_in_topk_fraction: float | None = None
+    student_entropy: float | None = None
+    update_norm: float | None = None
+    effective_learning_rate: float | None = None
+    optimizer_step: int | None = None
+    optimizer_state: str | None = None
+    old_logprobs_source: str | None = None
+    advantage_clamps: int | None = None
+    teacher_id: str | None = None
+    teacher_mode: str | None = None
+    teacher_contrast: float | None = None
+    truncated: bool | None = None
+    template_id: str | None = None
 
 
+@_as_in(contract.Timings)
 class Timings(Answer):
     """Milliseconds by phase."""
 
-    queue_ms: int | None = Field(None, description="Created to bound.")
-    claim_ms: int | None = Field(None, description="Bound to claimed.")
-    load_ms: int | None = Field(None, description="Adapter read from the store.")
-    teacher_ms: int | None = Field(None, description="Teacher's scores.")
-    step_ms: int | None = Field(None, description="Forward, backward, update.")
-    save_ms: int | None = Field(None, description="New version written.")
+    queue_ms: int | None = None
+    claim_ms: int | None = None
+    load_ms: int | None = None
+    teacher_ms: int | None = None
+    step_ms: int | None = None
+    save_ms: int | None = None
 
 
 class Distilled(Answer):
