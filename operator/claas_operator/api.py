@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -39,9 +39,16 @@ Object = dict[str, Any]
 
 
 class Api:
-    """A connection to the API server; `close` it."""
+    """A connection to the API server; `close` it.
 
-    def __init__(self, configuration: client.Configuration) -> None:
+    Args:
+        called: told the verb and the HTTP status of every call; 0 where there was no answer.
+    """
+
+    def __init__(
+        self, configuration: client.Configuration, called: Callable[[str, int], None] = lambda verb, code: None
+    ) -> None:
+        self._called = called
         configuration.proxy = configuration.proxy or _proxy(configuration.host)
         self._client = client.ApiClient(configuration)
         # The client's own session looks for a proxy in the environment at every call, in a thread: half of what a call
@@ -124,17 +131,23 @@ class Api:
         body: Object | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Object:
-        answer = await self._client.call_api(
-            path,
-            verb,
-            query_params=list((query or {}).items()),
-            header_params={"Accept": "application/json", "Content-Type": "application/json", **(headers or {})},
-            body=body,
-            response_types_map={200: "object", 201: "object", 202: "object"},
-            auth_settings=["BearerToken"],
-            _return_http_data_only=True,
-            _request_timeout=CALL_SECONDS,
-        )
+        code = 0
+        try:
+            answer, code, _ = await self._client.call_api(
+                path,
+                verb,
+                query_params=list((query or {}).items()),
+                header_params={"Accept": "application/json", "Content-Type": "application/json", **(headers or {})},
+                body=body,
+                response_types_map={200: "object", 201: "object", 202: "object"},
+                auth_settings=["BearerToken"],
+                _request_timeout=CALL_SECONDS,
+            )
+        except ApiException as error:
+            code = error.status or 0
+            raise
+        finally:
+            self._called(verb, code)
         return answer if isinstance(answer, dict) else {}
 
 
@@ -160,9 +173,9 @@ async def configure() -> client.Configuration:
     return configuration
 
 
-async def connect() -> Api:
-    """A connection; see `configure`."""
-    return Api(await configure())
+async def connect(called: Callable[[str, int], None] = lambda verb, code: None) -> Api:
+    """A connection; see `configure` and `Api`."""
+    return Api(await configure(), called)
 
 
 def describe(error: BaseException) -> str:

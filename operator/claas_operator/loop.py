@@ -22,6 +22,7 @@ from claas_operator.api import FAILURES, Api, describe
 from claas_operator.apply import Apply, Lost
 from claas_operator.jobs import owner_references
 from claas_operator.leader import Leader
+from claas_operator.metrics import Metrics
 from claas_operator.plan import plan
 from claas_operator.relist import relist, selectors
 from claas_operator.settings import Settings
@@ -52,8 +53,8 @@ class _Cooling:
 class Loop:
     """Everything that runs in the operator besides kopf's watches."""
 
-    def __init__(self, settings: Settings, api: Api) -> None:
-        self.settings, self.snapshot = settings, Snapshot()
+    def __init__(self, settings: Settings, api: Api, metrics: Metrics) -> None:
+        self.settings, self.snapshot, self._metrics = settings, Snapshot(), metrics
         self._api = api
         self._wake, self._look = asyncio.Event(), asyncio.Event()
         self._relist_now = asyncio.Event()
@@ -67,6 +68,7 @@ class Loop:
         )
         self._apply = Apply(api, self.snapshot, settings, self._acting)
         self._probe = TeacherProbe(settings.teacher) if settings.teacher else None
+        metrics.watch(self.snapshot, settings, self._acting)
 
     def observe(self, kind: Kind, event: Mapping[str, Any]) -> None:
         """An event of a watch: an object as it is now, or its deletion."""
@@ -131,7 +133,8 @@ class Loop:
             timeout = self.settings.timings.relist_seconds
             if not self._acting():
                 continue
-            made = plan(self.snapshot, self.settings, datetime.now(UTC))
+            with self._metrics.reconcile_seconds.time():
+                made = plan(self.snapshot, self.settings, datetime.now(UTC))
             if made.teacher_wanted:
                 self._look.set()
             else:
@@ -153,6 +156,7 @@ class Loop:
                     timeout = min(timeout, cooling.until - started)
                 elif action.key not in self._tasks:
                     self._start(action)
+            self._metrics.workqueue_depth.set(len(self._tasks.keys() | {action.key for action in made.actions}))
             if made.wake_at is not None:
                 timeout = min(timeout, max(0.0, (made.wake_at - datetime.now(UTC)).total_seconds()))
             spent = loop.time() - started
@@ -176,6 +180,7 @@ class Loop:
             self._cool(action, after=_retry_after(error))
         else:
             self._cooling.pop(action.key, None)
+            self._metrics.done(action, datetime.now(UTC))
             log.info("done", extra=what | _details(action))
 
     def _cool(self, action: Action, *, at_once: bool = False, after: float = 0.0) -> None:

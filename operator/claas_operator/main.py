@@ -10,15 +10,19 @@ import asyncio
 import functools
 import logging
 import sys
+import urllib.parse
 from typing import Any, Final
 
 import kopf
+from aiohttp import web
 from kopf import DiffBaseStorage, ProgressStorage
+from prometheus_client.aiohttp import make_aiohttp_handler
 from pythonjsonlogger.json import JsonFormatter
 
 from claas_crds import names
 from claas_operator.api import Api, connect
 from claas_operator.loop import Loop
+from claas_operator.metrics import Metrics
 from claas_operator.relist import selectors
 from claas_operator.settings import Settings
 from claas_operator.snapshot import Kind
@@ -101,19 +105,23 @@ def configure(kopf_settings: kopf.OperatorSettings, settings: Settings) -> None:
 class Process:
     """What the handlers share: the loop, and how it ended."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, metrics_url: str | None) -> None:
+        self._settings, self._metrics_url = settings, metrics_url
         self.stop = asyncio.Event()  # kopf ends when it is set
         self.failed = False
         self._api: Api | None = None
         self._loop: Loop | None = None
         self._task: asyncio.Task[None] | None = None
+        self._site: web.AppRunner | None = None
 
     async def start(self, settings: kopf.OperatorSettings, **_: Any) -> None:
         """Connects and starts the loop; kopf's watches start after it."""
         configure(settings, self._settings)
-        self._api = await connect()
-        self._loop = Loop(self._settings, self._api)
+        metrics = Metrics()
+        self._api = await connect(metrics.called)
+        self._loop = Loop(self._settings, self._api, metrics)
+        if self._metrics_url is not None:
+            self._site = await serve(metrics, self._metrics_url)
         self._task = asyncio.create_task(self._loop.run(), name="loop")
         self._task.add_done_callback(self._ended)
 
@@ -141,12 +149,25 @@ class Process:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._api is not None:
             await self._api.close()
+        if self._site is not None:
+            await self._site.cleanup()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.failed = True
             log.critical("the loop has failed", exc_info=error)
         self.stop.set()
+
+
+async def serve(metrics: Metrics, url: str) -> web.AppRunner:
+    """Answers scrapes at `url` (http://ADDRESS:PORT/PATH) from the loop's own thread, where the snapshot is whole."""
+    parts = urllib.parse.urlsplit(url)
+    application = web.Application()
+    application.router.add_get(parts.path or "/metrics", make_aiohttp_handler(metrics.registry))
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, parts.hostname, parts.port).start()
+    return runner
 
 
 def handlers(process: Process) -> kopf.OperatorRegistry:
@@ -184,11 +205,15 @@ def log_as_json(level: str) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def run(settings: Settings, liveness: str | None) -> int:
-    """Runs the operator until SIGTERM, or until its loop dies. The process's exit status."""
+def run(settings: Settings, liveness: str | None, metrics: str | None = None) -> int:
+    """Runs the operator until SIGTERM, or until its loop dies. The process's exit status.
+
+    Args:
+        liveness, metrics: urls to serve the liveness probe and Prometheus' scrapes at.
+    """
 
     async def operator() -> int:
-        process = Process(settings)
+        process = Process(settings, metrics)
         await kopf.operator(
             registry=handlers(process),
             standalone=True,

@@ -392,6 +392,19 @@ def test_network_policies_let_in_those_who_have_business(helm: Helm) -> None:
     assert not any(may(name, "pool l40s") or may(name, "operations") for name in everyone)
 
 
+def test_prometheus_reaches_the_operator(helm: Helm) -> None:
+    objects = helm.render("--set", "networkPolicy.enabled=true")
+    (container,) = only(objects, "Deployment", "claas-operator")["spec"]["template"]["spec"]["containers"]
+    (port,) = [port["containerPort"] for port in container["ports"] if port["name"] == "metrics"]
+    assert f"--metrics=http://0.0.0.0:{port}/metrics" in container["args"]
+    service = only(objects, "Service", "claas-operator")["spec"]
+    assert service["ports"][0]["targetPort"] == "metrics"
+    labels = only(objects, "Deployment", "claas-operator")["spec"]["template"]["metadata"]["labels"]
+    assert service["selector"].items() <= labels.items()
+    (rule,) = only(objects, "NetworkPolicy", "claas-operator")["spec"]["ingress"]
+    assert "from" not in rule and port in [open_["port"] for open_ in rule["ports"]]
+
+
 def _selects(selector: Object, labels: dict[str, str]) -> bool:
     return selector.get("matchLabels", {}).items() <= labels.items() and all(
         labels.get(wanted["key"]) in wanted["values"] for wanted in selector.get("matchExpressions", [])

@@ -168,6 +168,22 @@ def _build_kube(into: Path, log: Path) -> None:
     write_image(into / PAUSE_TAR, PAUSE_IMAGE, into / "pause", run([go, "env", "GOARCH"], seconds=30).strip())
 
 
+def ensure_promlint() -> Path:
+    """Prometheus' own check of metrics, as a program; built in seconds."""
+    _, go = _go()
+    key = _key(go, *((SOURCES / "promlint" / file).read_bytes() for file in ("main.go", "go.mod", "go.sum")))
+    return cached(f"promlint-{key}", _build_promlint) / "promlint"
+
+
+def _build_promlint(into: Path, log: Path) -> None:
+    go, _ = _go()
+    command = [go, "build", "-trimpath", "-ldflags", "-s -w", "-o", str(into / "promlint"), "."]
+    environment = {"CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false"}
+    run_with_progress(
+        "building promlint", command, log, seconds=BUILD_SECONDS, environment=environment, cwd=SOURCES / "promlint"
+    )
+
+
 def write_image(tar: Path, name: str, program: Path, architecture: str) -> None:
     """Writes an OCI archive of an image that holds one static ``program`` and nothing else."""
     with io.BytesIO() as buffer:

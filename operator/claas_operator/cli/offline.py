@@ -159,10 +159,11 @@ operator = Group(
     help="Its settings, as the chart writes them.",
 )
 @click.option("--liveness", metavar="URL", help="Serve the liveness probe there.")
+@click.option("--metrics", metavar="URL", help="Serve Prometheus' metrics there.")
 @click.option(
     "--log-level", default="INFO", show_default=True, type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"])
 )
-def run(config: Path, liveness: str | None, log_level: str) -> int:
+def run(config: Path, liveness: str | None, metrics: str | None, log_level: str) -> int:
     """Run the operator in the foreground, against the cluster of KUBECONFIG or of this Pod, until SIGTERM."""
     from claas_operator.settings import SettingsError, load
 
@@ -176,4 +177,4 @@ def run(config: Path, liveness: str | None, log_level: str) -> int:
     except ModuleNotFoundError as error:
         raise missing(error.name, "operator", "claas operator") from None
     log_as_json(log_level)
-    return run_operator(settings, liveness)
+    return run_operator(settings, liveness, metrics)
