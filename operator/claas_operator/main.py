@@ -35,6 +35,7 @@ IDLE_TIMEOUT_SECONDS: Final = 0.05
 WORKER_LIMIT: Final = 100
 # An API server that answers 5xx or nothing is asked again soon, for ten minutes; then the process starts anew.
 ERROR_BACKOFFS: Final = (0.2, 0.5, 1.0, *[2.0] * 300)
+WATCH_SECONDS: Final = 300
 # The loop comes round at least once per relist; a process that misses several of them is stuck.
 MISSED_RELISTS: Final = 3
 
@@ -93,8 +94,9 @@ def configure(kopf_settings: kopf.OperatorSettings, settings: Settings) -> None:
     kopf_settings.networking.request_timeout = 30
     kopf_settings.networking.connect_timeout = 10
     kopf_settings.networking.error_backoffs = ERROR_BACKOFFS
-    # A server-side end now and then: a watch that is dead without saying so is found by that at the latest.
-    kopf_settings.watching.server_timeout = 300
+    # An end now and then: a watch that is dead without saying so is found by that at the latest.
+    kopf_settings.watching.server_timeout = WATCH_SECONDS
+    kopf_settings.watching.client_timeout = WATCH_SECONDS + 30
     kopf_settings.persistence.diffbase_storage = _NoDiffs()
     kopf_settings.persistence.progress_storage = _NoProgress()
     kopf_settings.process.ultimate_exiting_timeout = 20

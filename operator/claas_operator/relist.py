@@ -1,8 +1,9 @@
-"""The safety net under the watches: once in a while, every uid is compared with the API server's.
+"""The safety net under the watches: once in a while, every object's uid and resourceVersion is compared with the API
+server's.
 
-kopf loses deletions that fall into a gap of a watch (410), and before a new leader acts it must know everything there
-is. Metadata alone is listed, page by page; afterwards the snapshot holds every object that existed at the start of the
-list, and none that had been deleted by then.
+kopf loses deletions that fall into a gap of a watch (410), a watch may be dead without saying so, and before a new
+leader acts it must know everything there is. Metadata alone is listed, page by page; afterwards the snapshot holds
+every object that existed at the start of the list, as it was then or later, and none that had been deleted by then.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 from claas_crds import names
 from claas_operator.api import Api
@@ -36,14 +37,15 @@ async def relist(api: Api, snapshot: Snapshot, selected: Mapping[Kind, str]) -> 
     Raises:
         ApiException, aiohttp.ClientError, TimeoutError, OSError: the API server failed.
     """
-    missing: list[tuple[Kind, str, str, str]] = []
+    missing: list[_Listed] = []
     for kind in Kind:
         known = set(snapshot.table(kind))
         listed: set[str] = set()
         async for item in api.list(kind, selected.get(kind, ""), metadata_only=True):
             metadata = item["metadata"]
             listed.add(metadata["uid"])
-            missing.append((kind, metadata["uid"], metadata["namespace"], metadata["name"]))
+            version = int(metadata["resourceVersion"])
+            missing.append(_Listed(kind, metadata["uid"], metadata["namespace"], metadata["name"], version))
         # Known before the list began and not in it: deleted, and the news was lost. A uid never comes back.
         for uid in known - listed:
             snapshot.remove(kind, uid, datetime.now(UTC))
@@ -51,18 +53,33 @@ async def relist(api: Api, snapshot: Snapshot, selected: Mapping[Kind, str]) -> 
     snapshot.sweep(datetime.now(UTC))
 
 
-async def _arrive(api: Api, snapshot: Snapshot, listed: list[tuple[Kind, str, str, str]]) -> None:
+class _Listed(NamedTuple):
+    """An object in a list."""
+
+    kind: Kind
+    uid: str
+    namespace: str
+    name: str
+    version: int
+
+    def known(self, snapshot: Snapshot) -> bool:
+        """Whether nothing newer is to be learnt from it."""
+        entry = snapshot.table(self.kind).get(self.uid)
+        seen = entry is not None and entry.version >= self.version
+        return seen or self.uid in snapshot.gone or self.uid in snapshot.broken
+
+
+async def _arrive(api: Api, snapshot: Snapshot, listed: list[_Listed]) -> None:
     """What exists comes by the watches, ten thousand objects within seconds; what does not come is fetched."""
     clock = asyncio.get_running_loop().time
     end, before, missing = clock() + ARRIVAL_SECONDS, len(listed) + 1, listed
     while clock() < end:
-        tables = {kind: snapshot.table(kind) for kind in Kind}
-        missing = [m for m in missing if not (m[1] in tables[m[0]] or m[1] in snapshot.gone or m[1] in snapshot.broken)]
+        missing = [item for item in missing if not item.known(snapshot)]
         if not missing or len(missing) == before:
             break  # all are there, or no more come
         before = len(missing)
         await asyncio.sleep(ARRIVAL_LOOK_SECONDS)
-    for kind, _, namespace, name in missing:
-        raw = await api.get(kind, namespace, name)
+    for item in missing:
+        raw = await api.get(item.kind, item.namespace, item.name)
         if raw is not None:
-            snapshot.put(kind, raw, datetime.now(UTC))
+            snapshot.put(item.kind, raw, datetime.now(UTC))

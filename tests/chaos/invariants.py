@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -54,10 +55,9 @@ class Evidence:
     broken: Sequence[str] = field(default_factory=list)
 
 
-def gather(
+def _gather(
     history: Sequence[Seen], s3: Any, bucket: str, namespaces: Sequence[str], texts: Sequence[tuple[str, str]]
 ) -> Evidence:
-    """Reads the store."""
     keys, versions, broken = list[str](), dict[str, Stored](), list[str]()
     for namespace in namespaces:
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{namespace}/")
@@ -65,8 +65,8 @@ def gather(
     here = set(keys)
     for key in keys:
         folder, _, name = key.rpartition("/")
-        if name != MANIFEST:
-            continue
+        if name != MANIFEST or f"{folder}/{TOMBSTONE}" in here:
+            continue  # what is being collected is no version any more
         data = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
         manifest = json.loads(data)
         for file, known in manifest["files"].items():
@@ -80,6 +80,20 @@ def gather(
                 weights = safetensors.numpy.load(content)
                 versions[f"s3://{bucket}/{folder}/"] = Stored(manifest, hashlib.sha256(data).hexdigest(), weights)
     return Evidence(history, keys, versions, namespaces, texts, broken=broken)
+
+
+def gather(
+    history: Callable[[], Sequence[Seen]],
+    s3: Any,
+    bucket: str,
+    namespaces: Sequence[str],
+    texts: Sequence[tuple[str, str]],
+) -> Evidence:
+    """Reads the store; again, where a version was collected while it was read."""
+    for _ in range(5):
+        with suppress(s3.exceptions.NoSuchKey):
+            return _gather(history(), s3, bucket, namespaces, texts)
+    raise AssertionError("versions go faster than they are read")
 
 
 def violations(evidence: Evidence, *, at_rest: bool = True) -> list[str]:

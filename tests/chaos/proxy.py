@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import ssl
 from collections.abc import Callable
@@ -30,6 +31,8 @@ _HOP_BY_HOP = {
     "proxy-connection",
 }
 FOREVER = 1_000_000_000
+_quiet = logging.getLogger("chaos.proxy")  # aiohttp complains of connections that are cut, as they should be
+_quiet.disabled = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Fault:
     body: str = ""
     times: int = 1
     status: int = 0
+    text: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     cut: str = ""
     delay_seconds: float = 0.0
@@ -111,7 +115,7 @@ class Proxy:
         async def serve(request: web.BaseRequest) -> web.StreamResponse:
             return await self._serve(who, identity, request)
 
-        runner = web.ServerRunner(web.Server(serve, access_log=None), shutdown_timeout=0.1)
+        runner = web.ServerRunner(web.Server(serve, access_log=None, logger=_quiet), shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -177,7 +181,7 @@ class Proxy:
         if fault and fault.cut == "before":
             return self._abort(request, fault, call)
         if fault and fault.status:
-            return web.Response(status=fault.status, headers=fault.headers, text=_STATUS % fault.status)
+            return web.Response(status=fault.status, headers=fault.headers, text=fault.text or _STATUS % fault.status)
         headers = [(k, v) for k, v in request.headers.items() if k.lower() not in _HOP_BY_HOP]
         url = URL(self._upstream + request.raw_path, encoded=True)
         try:

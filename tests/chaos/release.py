@@ -101,6 +101,7 @@ class Release(Stage):
 
     def __exit__(self, *raised: object) -> None:
         kill(self.operators)  # type: ignore[arg-type]
+        self._clear()
         with suppress(Exception):
             self._background.call(self._close())
         for team in self.teams[1:]:
@@ -120,6 +121,16 @@ class Release(Stage):
             self.witness.watch(["DistillRequest", "LoraAdapter"], team)
         self.witness.watch(["Lease", "Pod", "Job"], self.home)
         self._kubelet = self._background.start(self.kubelet.run())
+
+    def _clear(self) -> None:
+        """Nothing of ours is left for the next release's operators, which look at all namespaces."""
+        for team in self.teams:
+            for plural in (names.REQUEST_PLURAL, names.ADAPTER_PLURAL):
+                self.api("DELETE", f"{GROUP}/namespaces/{team}/{plural}")
+        for plural, raw in self._listed():
+            path = f"{GROUP}/namespaces/{raw['metadata']['namespace']}/{plural}/{raw['metadata']['name']}"
+            with suppress(ApiError):  # it has gone in the meantime
+                self.api("PATCH", path, {"metadata": {"finalizers": None}})
 
     async def _close(self) -> None:
         self._kubelet.cancel()
@@ -266,21 +277,38 @@ class Release(Stage):
         while self._unfinished() and time.monotonic() < end:
             self.supervise()
             time.sleep(0.1)
-        time.sleep(0.2)  # for the witness
+        self.wait("the witness", self._witnessed)
         problems = invariants.violations(self.evidence())
         assert not problems, self.tell(problems)
 
-    def _unfinished(self) -> list[str]:
-        unfinished = []
+    def _listed(self) -> list[tuple[str, Raw]]:
+        """Users' objects as they are now, with their plurals."""
+        found = []
         for team in self.teams:
             for plural in (names.REQUEST_PLURAL, names.ADAPTER_PLURAL):
-                listed = self.api.get(f"{GROUP}/namespaces/{team}/{plural}") or {"items": []}
-                for raw in listed["items"]:
-                    status = raw.get("status") or {}
-                    ended = witness.ended(status) if plural == names.REQUEST_PLURAL else not status.get("active")
-                    if not ended or raw["metadata"].get("deletionTimestamp"):
-                        unfinished.append(f"{team}/{raw['metadata']['name']}")
-        return unfinished
+                items = (self.api.get(f"{GROUP}/namespaces/{team}/{plural}") or {"items": []})["items"]
+                found += [(plural, raw) for raw in items]
+        return found
+
+    def _unfinished(self) -> bool:
+        for plural, raw in self._listed():
+            status = raw.get("status") or {}
+            busy = status.get("active") or status.get("collecting")
+            ended = witness.ended(status) if plural == names.REQUEST_PLURAL else not busy
+            if not ended or raw["metadata"].get("deletionTimestamp"):
+                return True
+        return False
+
+    def _witnessed(self) -> bool:
+        """Whether the witness has seen everything as it is now, and what is gone go."""
+        last = {seen.uid: seen for seen in self.witness.history() if seen.kind in ("DistillRequest", "LoraAdapter")}
+        here = {raw["metadata"]["uid"]: int(raw["metadata"]["resourceVersion"]) for _, raw in self._listed()}
+        left = {
+            uid
+            for uid, seen in last.items()
+            if seen.type != "DELETED" and seen.raw["metadata"]["namespace"] in self.teams
+        }
+        return left == here.keys() and all(last[uid].version >= version for uid, version in here.items())
 
     def evidence(self) -> invariants.Evidence:
         """What the store and the API server show."""
@@ -292,7 +320,7 @@ class Release(Stage):
                 events = self.api.get(f"{group}/namespaces/{namespace}/events")
                 texts.append((f"Events of {namespace}", json.dumps(events)))
         client = self.world.store.client()
-        return invariants.gather(self.witness.history(), client, self.world.store.bucket, self.teams, texts)
+        return invariants.gather(self.witness.history, client, self.world.store.bucket, self.teams, texts)
 
     def tell(self, problems: list[str]) -> str:
         """The problems, and the history that led there."""

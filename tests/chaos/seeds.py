@@ -3,21 +3,23 @@
 `plan(seed)` decides all of it beforehand, so a seed says the same to every run: who does what when, what is killed and
 what fails. What the processes make of it depends on the machine; a failure prints the history that led there.
 
-    make chaos SEEDS=50        seeds 0 to 49, several side by side on one control plane
+    make chaos SEEDS=50        seeds 0 to 49, one after the other on each of two control planes
     make chaos SEED=7          that one again
 """
 
 from __future__ import annotations
 
 import argparse
+import queue
 import random
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -350,17 +352,18 @@ class Run:
         self._after(seconds, f"{name} was cut off", lambda: proxy.refusing.discard(name))
 
 
-def run(world: World, seed: int) -> int:
-    """One seed; gives how many requests ended.
+def run(world: World, seed: int, pace: float = 1.0) -> int:
+    """One seed, in `pace` times its seconds; gives how many requests ended.
 
     Raises:
         AssertionError: an invariant is broken; with the seed's plan and history.
     """
     folder = Path(tempfile.mkdtemp(prefix=f"claas-chaos-{seed}-"))
+    deeds = [replace(deed, at=deed.at * pace) for deed in plan(seed)]
     try:
         with Release(world, folder, f"seed-{seed}", teams=TEAMS, pool={"maxWorkers": 2}) as release:
             try:
-                Run(release).run(plan(seed))
+                Run(release).run(deeds)
             except AssertionError as error:
                 raise AssertionError(f"seed {seed} (make chaos SEED={seed})\n{error}") from None
             lives = witness.lives(release.witness.history(), "DistillRequest").values()
@@ -369,19 +372,34 @@ def run(world: World, seed: int) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def main() -> int:
-    """Many seeds, or one."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=50)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--seed", type=int, help="only this one")
-    parser.add_argument("--lanes", type=int, default=4, help="seeds side by side")
-    parser.add_argument("--out", type=Path, default=Path("build/chaos"), help="for histories of failures")
-    options = parser.parse_args()
-    chosen = [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
-    if options.seed is not None:
-        print(*plan(options.seed), sep="\n")
-    failed, done, started = [], 0, time.monotonic()
+@dataclass
+class Score:
+    """How it went so far."""
+
+    out: Path
+    seeds: int = 0
+    requests: int = 0
+    failed: list[int] = field(default_factory=list)
+
+    def count(self, world: World, seed: int) -> None:
+        """Runs a seed and counts it."""
+        self.seeds += 1
+        try:
+            ended = run(world, seed)
+        except Exception as error:  # noqa: BLE001 (it is shown, and counted)
+            self.failed.append(seed)
+            self.out.mkdir(parents=True, exist_ok=True)
+            path = self.out / f"seed-{seed}.txt"
+            path.write_text(f"{type(error).__name__}: {error}")
+            print(f"seed {seed} FAILED, see {path}\n{str(error)[:2000]}", flush=True)
+        else:
+            self.requests += ended
+            print(f"seed {seed}: {ended} requests have ended, all invariants hold", flush=True)
+
+
+def lane(seeds: queue.SimpleQueue[int], score: Score, seconds: float) -> None:
+    """Seed after seed on a control plane of its own: operators see all namespaces, so one release at a time."""
+    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="claas-chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "store").mkdir()
@@ -389,28 +407,41 @@ def main() -> int:
             ControlPlane(folder / "control-plane") as control_plane,
             objectstore.running(folder / "store") as store,
             Background() as background,
-            ThreadPoolExecutor(options.lanes) as lanes,
         ):
             apply_crds(control_plane)
             world = World(control_plane, store, background, folder)
-            runs = {lanes.submit(run, world, seed): seed for seed in chosen}
-            for future in as_completed(runs):
-                seed = runs[future]
-                try:
-                    done += future.result()
-                    print(f"seed {seed}: every request has ended, all invariants hold", flush=True)
-                except Exception as error:  # noqa: BLE001 (it is shown, and counted)
-                    failed.append(seed)
-                    options.out.mkdir(parents=True, exist_ok=True)
-                    path = options.out / f"seed-{seed}.txt"
-                    path.write_text(f"{type(error).__name__}: {error}")
-                    print(f"seed {seed} FAILED, see {path}\n{str(error)[:2000]}", flush=True)
+            with suppress(queue.Empty):
+                while time.monotonic() < end:
+                    score.count(world, seeds.get_nowait())
             world.close()
+
+
+def main() -> int:
+    """Many seeds, or one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="only this one")
+    parser.add_argument("--lanes", type=int, default=2, help="seeds side by side, each on a control plane of its own")
+    parser.add_argument("--seconds", type=float, default=86_400, help="no new seed is begun after so long")
+    parser.add_argument("--out", type=Path, default=Path("build/chaos"), help="for histories of failures")
+    options = parser.parse_args()
+    chosen = [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
+    if options.seed is not None:
+        print(*plan(options.seed), sep="\n")
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for seed in chosen:
+        todo.put(seed)
+    score, started = Score(options.out), time.monotonic()
+    with ThreadPoolExecutor(options.lanes) as lanes:
+        for running in [
+            lanes.submit(lane, todo, score, options.seconds) for _ in range(min(options.lanes, len(chosen)))
+        ]:
+            running.result()
     minutes = (time.monotonic() - started) / 60
-    print(f"{len(runs)} seeds in {minutes:.1f} minutes, {len(runs) / minutes:.1f} a minute; {done} requests ended")
-    if failed:
-        print(f"failed: {sorted(failed)}")
-    return 1 if failed else 0
+    print(f"{score.seeds} seeds in {minutes:.1f} minutes, {score.seeds / minutes:.1f} a minute; ", end="")
+    print(f"{score.requests} requests ended; failed: {sorted(score.failed) or 'none'}")
+    return 1 if score.failed else 0
 
 
 if __name__ == "__main__":

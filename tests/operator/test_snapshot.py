@@ -179,6 +179,16 @@ async def test_a_relist_finds_lost_deletions_and_lost_arrivals() -> None:
     assert not seen.pods
 
 
+async def test_a_relist_finds_changes_that_no_watch_told() -> None:
+    """A watch may be dead without saying so."""
+    api = MemoryApi()
+    api.add(request("r"))
+    seen = snapshot(request("r"))
+    api.change(Kind.REQUEST, "team", "r", {"status": bound(WORKER)})
+    await relist(api, seen, {})  # type: ignore[arg-type]
+    assert seen.requests["uid-r"].worker == WORKER
+
+
 def test_who_names_which_version_is_kept_as_objects_come_change_and_go() -> None:
     """The same as from a snapshot that never saw anything else, and nothing is left of what is gone."""
     seen, root = snapshot(adapter("mine")), f"{PREFIX}mine/"
