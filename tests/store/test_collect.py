@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +29,8 @@ from claas_store.errors import (
     VersionInvalid,
 )
 from claas_store.family import Family, Member
-from claas_store.stores import open_store
-from claas_store.tombstone import MANIFEST, TOMBSTONE, read_tombstone
+from claas_store.stores import Store, open_store
+from claas_store.tombstone import MANIFEST, TOMBSTONE, VERDICT, read_tombstone
 from claas_store.version import ADAPTER, CONFIG, Manifest, ParentVersion, Version, find_manifest, read_version
 from objectstore import ObjectStore
 from store import examples
@@ -421,16 +425,127 @@ def test_a_killed_destruction_is_finished_by_the_next(home: str, steps: int) -> 
     assert names_in(home) == ["coder2"]
 
 
-@pytest.mark.parametrize("steps", range(5))
+@pytest.mark.parametrize("steps", range(7))
 def test_a_killed_deletion_never_leaves_half_a_version_readable(home: str, steps: int) -> None:
     versions = chain(home, 2)
     collect.tombstone(f"{home}coder", [name(versions[1])], "retention")
-    assert not run(die_after(steps, f"collect.delete('{home}coder', ['{name(versions[1])}'])")) or steps == 4
+    assert not run(die_after(steps, f"collect.delete('{home}coder', ['{name(versions[1])}'])")) or steps == 6
     with pytest.raises(VersionCollected):
         read_version(versions[1].uri)
-    assert (find_manifest(versions[1].uri) is None) == (steps > 0)
+    assert (find_manifest(versions[1].uri) is None) == (steps > 1)  # the first write is the verdict
     delete(f"{home}coder", [name(versions[1])])
     assert files_of(versions[1].uri) == [TOMBSTONE]
+
+
+@pytest.mark.parametrize("steps", range(1, 7))
+def test_a_killed_deletion_is_finished_by_who_would_take_it_back(home: str, steps: int) -> None:
+    versions = chain(home, 2)
+    names = [name(versions[1])]
+    collect.tombstone(f"{home}coder", names, "retention")
+    run(die_after(steps, f"collect.delete('{home}coder', {names})"))
+    assert restore(f"{home}coder", names) == ([], names)
+    assert files_of(versions[1].uri) == [TOMBSTONE]
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_a_killed_restoration_is_finished_by_the_next_and_may_be_followed_by_a_collection(
+    home: str, steps: int
+) -> None:
+    versions = chain(home, 2)
+    names = [name(versions[1])]
+    collect.tombstone(f"{home}coder", names, "retention")
+    assert run(die_after(steps, f"collect.restore('{home}coder', {names})")) == (steps == 3)
+    if steps:
+        with pytest.raises(NotTombstoned):
+            delete(f"{home}coder", names)
+    assert restore(f"{home}coder", names) == (names, [])
+    assert read_version(versions[1].uri).uri == versions[1].uri
+    collect.tombstone(f"{home}coder", names, "retention")
+    delete(f"{home}coder", names)
+    assert files_of(versions[1].uri) == [TOMBSTONE]
+
+
+class Turns:
+    """A store of two users: the first makes so many calls, then the second so many, then each the rest."""
+
+    def __init__(self, store: Store, first: int, second: int) -> None:
+        self._store, self._left = store, {"first": first, "second": second}
+        self._turn, self._changed = "first", threading.Condition()
+        self._ended: set[str] = set()
+
+    def end(self, who: str) -> None:
+        """The other one's turn, for good."""
+        with self._changed:
+            self._ended.add(who)
+            self._changed.notify_all()
+
+    def _wait(self, who: str) -> None:
+        with self._changed:
+            other = "second" if who == "first" else "first"
+            if self._left[who] == 0:
+                self._turn = other
+                self._changed.notify_all()
+            self._left[who] -= 1
+            mine = self._changed.wait_for(lambda: self._turn == who or other in self._ended, 20)
+        assert mine, "the other one's turn does not end"
+
+    def __getattr__(self, called: str) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if threading.current_thread().name in self._left:
+                self._wait(threading.current_thread().name)
+            return getattr(self._store, called)(*arguments, **named)
+
+        return call
+
+
+def end_of(act: Callable[[], object]) -> object:
+    """What it gave, or the error that it expects when it comes too late."""
+    try:
+        return act()
+    except NotTombstoned:
+        return "not tombstoned"
+
+
+@pytest.mark.parametrize("begins", ["delete", "restore"])
+@pytest.mark.parametrize("calls", range(14))
+def test_two_leaders_delete_and_restore_at_once_and_one_of_them_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: str, calls: int
+) -> None:
+    monkeypatch.setenv("CLAAS_FILE_ROOTS", str(tmp_path))
+    acts = {"delete": delete, "restore": restore}
+    other = "restore" if begins == "delete" else "delete"
+    home = f"file://{tmp_path}/home/"
+    uri, versions = f"{home}coder", chain(home, 2)
+    names = [name(versions[1])]
+    collect.tombstone(uri, names, "retention")
+    shutil.copytree(tmp_path / "home", tmp_path / "before")
+    for more in range(14):
+        shutil.rmtree(tmp_path / "home")
+        shutil.copytree(tmp_path / "before", tmp_path / "home")
+        turns = Turns(open_store(home), calls, more)
+        with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
+            patched.setattr(collect, "open_store", lambda _, turns=turns: turns)
+
+            def act(who: str, what: str, uri: str, names: list[str], turns: Turns) -> object:
+                threading.current_thread().name = who
+                try:
+                    return end_of(lambda: acts[what](uri, names))
+                finally:
+                    turns.end(who)
+
+            results = {
+                what: pool.submit(act, who, what, uri, names, turns)
+                for who, what in (("first", begins), ("second", other))
+            }
+            deleted, restored = results["delete"].result(30), results["restore"].result(30)
+        left = files_of(versions[1].uri)
+        if deleted == names:
+            assert restored == ([], names), (calls, more)
+            assert left == [TOMBSTONE], (calls, more)
+        else:
+            assert restored == (names, []), (calls, more)
+            assert read_version(versions[1].uri).uri == versions[1].uri
+            assert not {TOMBSTONE, VERDICT} & set(left), (calls, more)
 
 
 # sweep

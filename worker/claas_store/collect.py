@@ -15,7 +15,7 @@ from claas_store import uris
 from claas_store.errors import ArgumentInvalid, NotTombstoned, VersionInvalid
 from claas_store.family import Family, Member, erase, lies_in, read_family, read_files, read_member, read_uploads
 from claas_store.stores import Store, open_store
-from claas_store.tombstone import TOMBSTONE, entomb, read_tombstone
+from claas_store.tombstone import VERDICT, decide, entomb, read_tombstone, take_back
 
 GRACE_SECONDS: Final = 86400.0  # more than a step may take
 
@@ -49,12 +49,22 @@ def restore(uri: str, names: Sequence[str]) -> Restored:
         StorageUnavailable, StorageDenied: see `Store`.
     """
     store = open_store(uri)
-    members = {name: read_member(store, uris.beside(uri, name)) for name in names}
-    dead = [name for name, member in members.items() if member.is_dead]
-    done = [name for name in members if name not in dead]
-    for name in done:
-        store.delete(uris.join(members[name].uri, TOMBSTONE))
-    return Restored(done, dead)
+    answer = Restored([], [])
+    for name in names:
+        (answer.done if _restore(store, uris.beside(uri, name)) else answer.dead).append(name)
+    return answer
+
+
+def _restore(store: Store, version: str) -> bool:
+    member = read_member(store, version)
+    if member.tombstone is None and not member.problem:
+        return True
+    if not member.is_dead and decide(store, version, "restore") == "restore":
+        if not read_member(store, version).is_dead:
+            return take_back(store, version)
+        # Deleted, and the verdict with it, between the look and this one.
+    _erase(store, version)  # whoever decided so may have been killed: to finish it harms nobody
+    return False
 
 
 def delete(uri: str, names: Sequence[str]) -> list[str]:
@@ -62,20 +72,32 @@ def delete(uri: str, names: Sequence[str]) -> list[str]:
 
     Raises:
         UriInvalid: as `tombstone`.
-        NotTombstoned: a version is there and bears none. Nothing was deleted.
+        NotTombstoned: a version is there and bears none, and then nothing was deleted; or it is taken back just now,
+            and then none of those that are named after it was.
         StorageUnavailable, StorageDenied: see `Store`.
     """
     store = open_store(uri)
-    members = []
-    for version in [uris.beside(uri, name) for name in names]:
-        entries = read_files(store, version)
-        if entries and read_tombstone(store, version) is None:
+    versions = [uris.beside(uri, name) for name in names]
+    for version in versions:
+        if read_files(store, version) and read_tombstone(store, version) is None:
             raise NotTombstoned(f"{version} bears no tombstone, so it was not deleted: run tombstone first")
-        uploads = [upload for upload in read_uploads(store, version) if lies_in(version, upload.uri)]
-        members.append(Member(version, entries, uploads))
-    for member in members:
-        erase(store, member, keep_tombstone=True)
+    for version in versions:
+        if not read_files(store, version):
+            continue
+        if decide(store, version, "delete") != "delete":
+            raise NotTombstoned(f"{version} is being restored, so it was not deleted")
+        if read_tombstone(store, version) is None:  # restored between the look and the verdict
+            store.delete(uris.join(version, VERDICT))
+            raise NotTombstoned(f"{version} was restored, so it was not deleted: run tombstone first")
+        _erase(store, version)
     return list(names)
+
+
+def _erase(store: Store, version: str) -> None:
+    """What lies at `version` but its tombstone; the verdict goes when all of it has."""
+    entries = read_files(store, version)
+    uploads = [upload for upload in read_uploads(store, version) if lies_in(version, upload.uri)]
+    erase(store, Member(version, entries, uploads), keep_tombstone=True)
 
 
 class Destroyed(NamedTuple):
@@ -211,8 +233,7 @@ def _is_leftover(member: Member) -> bool:
     """Whether it holds what no reader can reach, and is certainly ours."""
     if not uris.is_step_output(member.uri) and member.tombstone is None:
         return False
-    dead = [entry for entry in member.entries if not entry.uri.endswith(f"/{TOMBSTONE}")]
-    return not member.exists and not member.problem and bool(dead or member.uploads)
+    return not member.exists and not member.problem and bool(member.files or member.uploads)
 
 
 def _is_dead(store: Store, member: Member, before: datetime) -> bool:

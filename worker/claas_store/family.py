@@ -23,7 +23,7 @@ from claas_store import uris
 from claas_store.errors import StorageDenied, UriInvalid, VersionInvalid
 from claas_store.listing import Entry, Upload
 from claas_store.stores import Store
-from claas_store.tombstone import MANIFEST, TOMBSTONE, Tombstone, read_tombstone
+from claas_store.tombstone import MANIFEST, MARKS, TOMBSTONE, VERDICT, Tombstone, read_tombstone
 from claas_store.version import Manifest, parse_manifest, read_manifest
 
 THREADS = 16
@@ -73,8 +73,8 @@ class Member:
 
     @property
     def files(self) -> list[Entry]:
-        """What it holds but its tombstone."""
-        return [entry for entry in self.entries if not entry.uri.endswith(f"/{TOMBSTONE}")]
+        """What it holds but its tombstone and what is decided about that."""
+        return [entry for entry in self.entries if entry.uri.rpartition("/")[2] not in MARKS]
 
     @property
     def is_first(self) -> bool:
@@ -273,18 +273,17 @@ def erase(store: Store, member: Member, *, keep_tombstone: bool) -> None:
     Raises:
         StorageUnavailable, StorageDenied: see `Store`.
     """
-    last = uris.join(member.uri, TOMBSTONE)
     store.delete(uris.join(member.uri, MANIFEST))
-    for entry in member.entries:
+    for entry in member.files:
         try:
-            if entry.uri != last:
-                store.delete(entry.uri)
+            store.delete(entry.uri)
         except UriInvalid as error:  # a key that is none of ours, such as one with an empty segment
             log.warning("an object stays: %s", error)
     for upload in member.uploads:
         store.discard(upload)
+    store.delete(uris.join(member.uri, VERDICT))
     if not keep_tombstone:
-        store.delete(last)
+        store.delete(uris.join(member.uri, TOMBSTONE))
 
 
 def _member_name(uri: str, folder: str, found: str) -> str | None:

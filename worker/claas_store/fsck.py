@@ -20,7 +20,7 @@ from claas_store.checks import ADAPTER
 from claas_store.errors import NotFound, StorageDenied, TooLarge, UriInvalid
 from claas_store.family import Family, Member, read_family, read_member
 from claas_store.stores import open_store
-from claas_store.tombstone import MANIFEST, TOMBSTONE
+from claas_store.tombstone import MANIFEST
 from claas_store.version import FileDigest, ParentVersion
 
 
@@ -191,8 +191,8 @@ class _Check:
                 self._file(member, name, known)
         elif stone is not None:
             self.report.versions += 1
-            left = [entry for entry in member.entries if not entry.uri.endswith(f"/{TOMBSTONE}")]
-            end = f"; {len(left)} files are left of a deletion that was killed" if left else ""
+            left = len(member.files)
+            end = f"; {left} files are left of a deletion that was killed" if left else ""
             self._found(Kind.COLLECTED, member.uri, f"at {stone.since}{end}")
         elif member.entries and member.uri in self._known:
             self._found(Kind.BROKEN, member.uri, f"the adapter's status names it, and it has no {MANIFEST}")

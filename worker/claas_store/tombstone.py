@@ -3,16 +3,20 @@
 It is written before anything is deleted and outlives the version. It quotes the version's manifest, whose sha256 the
 next version names, so a chain of parents can still be followed and verified to its beginning when most of its versions
 have been collected (about 3 KB each): a collected parent is never mistaken for a broken chain. `claas.tombstone.json`.
+
+Whether a tombstone is taken back or its version deleted is decided once, whoever asks for either at the same time: by
+who writes the verdict, `claas.verdict.json`, which goes when what it says has been done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import time
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from pydantic import Field, ValidationError
 
@@ -23,9 +27,14 @@ from claas_store.limits import MAX_MANIFEST_BYTES, MAX_TOMBSTONE_BYTES
 from claas_store.stores import Store
 
 TOMBSTONE: Final = "claas.tombstone.json"
+VERDICT: Final = "claas.verdict.json"
+MARKS: Final = (TOMBSTONE, VERDICT)  # what a folder may hold that is no part of the version
 MANIFEST: Final = "claas.json"
 WAIT_SECONDS = 5.0  # a reader waits for so long: a collection that finds a reference takes its tombstones back
 POLL_SECONDS = 0.5
+
+Decision = Literal["delete", "restore"]
+MAX_VERDICT_BYTES: Final = 64
 
 _PLAIN = re.compile(r"[A-Za-z0-9 ,.:_+-]*")
 
@@ -91,6 +100,55 @@ def entomb(store: Store, uri: str, why: str) -> None:
         store.put(uris.join(uri, TOMBSTONE), data)
     except AlreadyExists:
         return
+    store.delete(uris.join(uri, VERDICT))  # what a restoration left that was killed at its end
+
+
+def decide(store: Store, uri: str, wanted: Decision) -> Decision:
+    """What is done about the tombstone at `uri`: `wanted`, unless somebody decided otherwise before.
+
+    Raises:
+        VersionInvalid: a verdict that cannot be read.
+        StorageUnavailable, StorageDenied: see `Store`.
+    """
+    verdict = uris.join(uri, VERDICT)
+    try:
+        store.put(verdict, wanted.encode())
+    except AlreadyExists:
+        try:
+            found = store.get(verdict, max_bytes=MAX_VERDICT_BYTES)
+        except NotFound:  # it has just been carried out
+            return decide(store, uri, wanted)
+        except TooLarge:
+            found = b""
+        for known in get_args(Decision):
+            if found == known.encode():
+                return known  # type: ignore[no-any-return]
+        raise VersionInvalid(f"{uri}: {VERDICT} is neither delete nor restore") from None
+    return wanted
+
+
+def take_back(store: Store, uri: str) -> bool:
+    """Ends the tombstone at `uri`, after `decide` said restore; False when it was decided anew meanwhile.
+
+    Raises:
+        VersionInvalid, StorageUnavailable, StorageDenied: as `decide`.
+    """
+    stone, verdict = uris.join(uri, TOMBSTONE), uris.join(uri, VERDICT)
+    try:
+        text = store.get(stone, max_bytes=MAX_TOMBSTONE_BYTES)
+    except NotFound:
+        text = b""
+    store.delete(stone)
+    try:
+        stands = store.get(verdict, max_bytes=MAX_VERDICT_BYTES) != b"delete"
+    except NotFound:  # another restoration has carried it out
+        return True
+    if stands:
+        store.delete(verdict)
+    elif text:  # while this one slept, it was taken back, declared again, and its deletion begun
+        with contextlib.suppress(AlreadyExists):
+            store.put(stone, text)
+    return stands
 
 
 def refuse_collected(store: Store, uri: str) -> None:
