@@ -59,10 +59,10 @@ def _restore(store: Store, version: str) -> bool:
     member = read_member(store, version)
     if member.tombstone is None and not member.problem:
         return True
-    if not member.is_dead and decide(store, version, "restore") == "restore":
-        if not read_member(store, version).is_dead:
-            return take_back(store, version)
-        # Deleted, and the verdict with it, between the look and this one.
+    # Looked at again, because it may have been deleted, and the verdict with it, since the first look.
+    takes = not member.is_dead and decide(store, version, "restore") == "restore"
+    if takes and not read_member(store, version).is_dead:
+        return take_back(store, version)
     _erase(store, version)  # whoever decided so may have been killed: to finish it harms nobody
     return False
 
