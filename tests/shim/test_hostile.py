@@ -292,3 +292,19 @@ def test_a_body_that_never_comes_holds_nobody_up(shim: Shim, stage: ShimStage, t
     with socket.create_connection(("127.0.0.1", shim.port), timeout=5) as connection:
         connection.sendall(head(stage, POST, TYPE, "Content-Length: 100") + b"{")
         assert team.get("/v1/whoami").status_code == 200
+
+
+@pytest.mark.stress
+def test_a_slow_body_is_given_up(shim: Shim, stage: ShimStage) -> None:
+    """After half a minute, although a byte comes now and then."""
+    with socket.create_connection(("127.0.0.1", shim.port), timeout=5) as connection:
+        connection.sendall(head(stage, POST, TYPE, "Content-Length: 100"))
+        found = b""
+        for _ in range(20):
+            try:
+                connection.sendall(b" ")
+                found += connection.recv(65536)
+            except TimeoutError:
+                continue
+            break
+    assert found.startswith(b"HTTP/1.1 408") and b"application/problem+json" in found

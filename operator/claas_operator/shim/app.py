@@ -7,6 +7,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from types import FrameType
 from typing import Final
 
@@ -63,6 +64,11 @@ def make_app(settings: ShimSettings, *, started: Callable[[Door], None] = lambda
 
 class _Http(H11Protocol):
     """h11 bounds a call's headers, httptools does not. What is no HTTP is refused in our words, too."""
+
+    def data_received(self, data: bytes) -> None:
+        """When a call comes is when it was asked for; among many, its turn may come later."""
+        self.app_state = {**self.app_state, "asked_at": datetime.now(UTC)}  # uvicorn copies it into the call's scope
+        super().data_received(data)
 
     def send_400_response(self, msg: str) -> None:
         """A problem, as every answer."""

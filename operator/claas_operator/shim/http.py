@@ -67,7 +67,8 @@ class Envelope:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
-        state["request_id"], state["asked_at"] = request_id, datetime.now(UTC)
+        state["request_id"] = request_id
+        state.setdefault("asked_at", datetime.now(UTC))  # the server knows it better
         started, status = time.perf_counter(), 0
 
         async def tell(message: Message) -> None:
