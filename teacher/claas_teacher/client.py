@@ -37,7 +37,7 @@ from claas_teacher.errors import (
     TeacherUnavailable,
 )
 from claas_teacher.limits import Limits, check
-from claas_teacher.replicas import QUEUE_HEADER, Replica, Replicas
+from claas_teacher.replicas import QUEUE_HEADER, Replica, Replicas, ends_at
 from claas_teacher.scores import Scores, from_prompt_logprobs
 from claas_teacher.wire import Sample
 
@@ -50,9 +50,11 @@ MODELS_PATH = "/v1/models"
 TIMEOUT_HEADER = "Claas-Timeout-Ms"
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 REFUSED = frozenset({400, 413, 422})  # the other 4xx speak of the installation, not of the sample
+LONGEST_SECONDS = 86_400.0
 BACKOFF_BASE_SECONDS = 0.2
 BACKOFF_CAP_SECONDS = 5.0
 ERROR_BYTES = 1 << 16  # of an answer that is an error; the rest is not read
+MESSAGE_CHARACTERS = 2000  # looked at of a server's sentence: the search for ids takes their square
 JSON_BYTES_AN_ENTRY = 256  # of vLLM's JSON: id, logprob, rank and a decoded token
 T = TypeVar("T")
 
@@ -167,7 +169,7 @@ class TeacherClient:
         Samples travel together, as many as the limits on tokens allow. Nothing is sent when one of them would be
         refused. Raises what `score` does, the first that failed.
         """
-        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        deadline = time.monotonic() + min(LONGEST_SECONDS, self._timeout_s if timeout_s is None else timeout_s)
         info = self._known_info(deadline)
         wanted: Sequence[npt.ArrayLike | None] = [None] * len(samples) if chosen is None else chosen
         known = [
@@ -228,15 +230,21 @@ class TeacherClient:
         return from_prompt_logprobs(choices[0].get("prompt_logprobs"), len(sample.prompt), sample.response, k)
 
     def _known_info(self, deadline: float) -> TeacherInfo:
-        with self._info_lock:
-            if self._info is None:
+        if not self._info_lock.acquire(timeout=max(0, deadline - time.monotonic())):
+            raise TeacherUnavailable(f"{self.url}{INFO_PATH}: another call still waited for it as the deadline passed")
+        try:
+            known = self._info  # a call that is refused may clear it meanwhile
+            if known is None:
                 try:
                     answer = self._object(INFO_PATH, self._ask("GET", INFO_PATH, deadline))
                 except _NoSuchRoute:
-                    self._info = self._stock_info(deadline)
+                    known = self._stock_info(deadline)
                 else:
-                    self._info = _info_from(answer, f"{self.url}{INFO_PATH}")
-            return self._info
+                    known = _info_from(answer, f"{self.url}{INFO_PATH}")
+                self._info = known
+            return known
+        finally:
+            self._info_lock.release()
 
     def _stock_info(self, deadline: float) -> TeacherInfo:
         """A vLLM without our routes: its model's id and length are all that it shows."""
@@ -250,9 +258,14 @@ class TeacherClient:
         return TeacherInfo(str(models[0]["id"]), None, None, None, length if isinstance(length, int) else None)
 
     def _ask_load(self, replica: Replica, timeout_s: float) -> int:
-        """Tokens that wait at one replica. Raises httpx.RequestError, ValueError or KeyError."""
-        answer = replica.http.get(INFO_PATH, timeout=timeout_s)
-        return int(json.loads(answer.content)["queue_tokens"])
+        """Tokens that wait at one replica. Raises httpx.RequestError or TeacherAnswerInvalid."""
+        response, content = self._exchange(replica, "GET", INFO_PATH, time.monotonic() + timeout_s, None, ERROR_BYTES)
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return 0  # a stock vLLM does not say
+        tokens = self._object(INFO_PATH, content).get("queue_tokens")
+        if type(tokens) is not int:
+            raise TeacherAnswerInvalid(f"{replica.url}{INFO_PATH}: tokens that wait expected")
+        return tokens
 
     def _ask(
         self,
@@ -302,13 +315,17 @@ class TeacherClient:
         left = max(deadline - time.monotonic(), 0.001)
         silence = min(self._read_s, left)
         timeout = httpx.Timeout(connect=min(self._connect_s, left), read=silence, write=silence, pool=left)
-        headers = {TIMEOUT_HEADER: str(max(1, int(left * 1000)))}
+        # No compression: what a server sends is what is read, so `most` bounds the memory.
+        headers = {TIMEOUT_HEADER: str(max(1, int(left * 1000))), "accept-encoding": "identity"}
         if body is not None:
             headers["content-type"] = wire.MEDIA_TYPE if path == SCORE_PATH else "application/json"
-        with replica.http.stream(method, path, content=body, headers=headers, timeout=timeout) as response:
+        with (
+            ends_at(deadline),
+            replica.http.stream(method, path, content=body, headers=headers, timeout=timeout) as response,
+        ):
             good = response.status_code == httpx.codes.OK
             content = bytearray()
-            for piece in response.iter_bytes():
+            for piece in response.iter_raw():
                 content += piece
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("the deadline passed while the answer was read")
@@ -386,7 +403,8 @@ def _sample(prompt: npt.ArrayLike, response: npt.ArrayLike, chosen: npt.ArrayLik
     try:
         arrays = [np.array(ids, np.int64).reshape(-1) for ids in (prompt, response)]
         wanted = None if chosen is None else np.array(chosen, np.int64)
-        if any(len(ids) and not -1 <= ids.min() <= ids.max() < 1 << 31 for ids in arrays):
+        given = arrays if wanted is None else [*arrays, wanted]
+        if any(ids.size and not -1 <= ids.min() <= ids.max() < 1 << 31 for ids in given):
             raise OverflowError
     except (OverflowError, TypeError, ValueError):
         raise TeacherRefused(f"{where}a token id is outside every vocabulary", "TokenizerMismatch") from None
@@ -415,6 +433,15 @@ def _info_from(answer: dict[str, Any], where: str) -> TeacherInfo:
     needed = ("model", "tokenizer_fingerprint", "vocab_size", "max_logprobs", "max_model_len")
     if missing := [name for name in needed if name not in answer]:
         raise TeacherAnswerInvalid(f"{where}: no field {missing[0]!r}")
+    for name in ("vocab_size", "max_logprobs", "max_model_len", "request_tokens"):
+        count = answer.get(name)
+        if count is not None and (type(count) is not int or count < 1):
+            raise TeacherAnswerInvalid(f"{where}: field {name!r} is no count")
+    model, fingerprint = answer["model"], answer["tokenizer_fingerprint"]
+    if not isinstance(model, str) or not 0 < len(model.encode(errors="replace")) <= wire.MAX_MODEL_BYTES:
+        raise TeacherAnswerInvalid(f"{where}: field 'model' is no model's id")
+    if fingerprint is not None and not re.fullmatch("[0-9a-f]{64}", str(fingerprint)):
+        raise TeacherAnswerInvalid(f"{where}: field 'tokenizer_fingerprint' is none")
     features = answer.get("features")
     known = {field.name: answer[field.name] for field in fields(TeacherInfo) if field.name in answer}
     known["chosen_ids"] = bool(isinstance(features, dict) and features.get("chosen_ids"))
@@ -448,7 +475,7 @@ def _server_message(content: bytes | bytearray) -> str:
         message = json.loads(content)["error"]["message"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
-    return ": " + re.sub(r"\[[^\]]*\]?|(\d+,\s*){2,}\d+", "[…]", str(message))[:300]
+    return ": " + re.sub(r"\[[^\]]*\]?|(\d+,\s*){2,}\d+", "[…]", str(message)[:MESSAGE_CHARACTERS])[:300]
 
 
 if __name__ == "__main__":

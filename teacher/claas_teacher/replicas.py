@@ -6,13 +6,19 @@ anew every few seconds, so the Pods of a headless Service come and go unseen.
 
 from __future__ import annotations
 
+import re
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
+import httpcore
 import httpx
+
+from claas_teacher.errors import TeacherAnswerInvalid
 
 QUEUE_HEADER = "Claas-Queue-Tokens"
 KEEPALIVE_SECONDS = 4.0  # below vLLM's 5, so that a pooled connection is not one that the server is just closing
@@ -21,6 +27,71 @@ STALE_SECONDS = 1.0  # a load older than that is asked again, where there is a c
 LOAD_TIMEOUT_SECONDS = 1.0
 DOWN_BASE_SECONDS, DOWN_CAP_SECONDS = 0.5, 30.0
 
+_DEADLINE: ContextVar[float] = ContextVar("deadline", default=float("inf"))
+
+
+@contextmanager
+def ends_at(deadline: float) -> Iterator[None]:
+    """No wait on a connection goes on after `deadline`: httpx bounds each wait, and a server that drips has many."""
+    before = _DEADLINE.set(deadline)
+    try:
+        yield
+    finally:
+        _DEADLINE.reset(before)
+
+
+class _Stream(httpcore.NetworkStream):
+    """A connection that looks at the deadline of whoever uses it."""
+
+    def __init__(self, stream: httpcore.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        left = _DEADLINE.get() - time.monotonic()
+        if left <= 0:
+            raise httpcore.ReadTimeout("the deadline passed while the answer was read")
+        return self._stream.read(max_bytes, left if timeout is None else min(timeout, left))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, timeout)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> object:
+        return self._stream.get_extra_info(info)
+
+
+class _Network(httpcore.SyncBackend):
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.NetworkStream:
+        return _Stream(super().connect_tcp(host, port, timeout, local_address, socket_options))
+
+
+class _Transport(httpx.HTTPTransport):
+    """httpx's, on such connections."""
+
+    def __init__(self, limits: httpx.Limits) -> None:
+        context = httpx.create_ssl_context()
+        super().__init__(verify=context)
+        self._pool = httpcore.ConnectionPool(
+            ssl_context=context,
+            max_connections=limits.max_connections,
+            keepalive_expiry=limits.keepalive_expiry,
+            network_backend=_Network(),
+        )
+
 
 class Replica:
     """One address of the teacher, with its pooled connections and what is known of its load."""
@@ -28,7 +99,8 @@ class Replica:
     def __init__(self, url: httpx.URL, connections: int) -> None:
         self.url = str(url).rstrip("/")
         limits = httpx.Limits(max_connections=connections, keepalive_expiry=KEEPALIVE_SECONDS)
-        self.http = httpx.Client(base_url=self.url, limits=limits)
+        # trust_env off: a proxy of the cluster's must not stand between us and a Service.
+        self.http = httpx.Client(base_url=self.url, transport=_Transport(limits), trust_env=False)
         self.down_until = 0.0
         self._reported, self._reported_at = 0, float("-inf")
         self._in_flight = 0
@@ -60,7 +132,7 @@ class Replica:
         """It lives; and it may have said how much it has to do."""
         value = headers.get(QUEUE_HEADER, "")
         self._failures, self.down_until = 0, 0.0
-        if value.isdigit():
+        if re.fullmatch("[0-9]{1,15}", value):
             self.reported(int(value))
 
     def reported(self, tokens: int) -> None:
@@ -124,7 +196,9 @@ class Replicas:
     def _refresh(self, replica: Replica) -> None:
         try:
             replica.reported(self._ask_load(replica, LOAD_TIMEOUT_SECONDS))
-        except (httpx.RequestError, ValueError, KeyError, TypeError):
+        except httpx.PoolTimeout:
+            return  # it is our own scorings that keep it busy
+        except (httpx.RequestError, TeacherAnswerInvalid):
             replica.failed()
 
     def _current(self) -> list[Replica]:

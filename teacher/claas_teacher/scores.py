@@ -123,6 +123,8 @@ def _row(row: object, t: int, k: int) -> tuple[npt.NDArray[np.int32], npt.NDArra
         logprobs = np.array([entry["logprob"] for entry in row.values()], np.float64)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise TeacherAnswerInvalid(f"prompt_logprobs: unreadable at position {t} ({type(error).__name__})") from None
+    if logprobs.shape != ids.shape:
+        raise TeacherAnswerInvalid(f"prompt_logprobs: unreadable at position {t} (a list for a logprob)")
     if len(np.unique(ids)) != len(ids) or ids.min() < 0:
         raise TeacherAnswerInvalid(f"prompt_logprobs: an id twice or below zero at position {t}")
     return ids, logprobs

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -557,3 +560,139 @@ def test_a_replica_that_is_gone_is_passed_over_and_found_again(three: list[Serve
         for _ in range(4):
             client.score(PROMPT, RESPONSE, 2)
     assert sum(len(one.bodies) for one in three[1:]) == 4
+
+
+# Servers that mean harm
+
+
+def drip_head(handler: Handler, content: bytes) -> None:
+    """The status line and the headers, a byte now and then, without end."""
+    for byte in b"HTTP/1.1 200 OK\r\nx-fill: " + b"a" * 2000:
+        if handler.server.ending.wait(0.02):
+            return
+        handler.wfile.write(bytes([byte]))
+
+
+def test_headers_that_drip_do_not_outlast_the_deadline(framed: Server) -> None:
+    with TeacherClient(framed.url) as client:
+        client.info()
+        framed.script = [drip_head]
+        started = time.monotonic()
+        with pytest.raises(TeacherUnavailable):
+            client.score(PROMPT, RESPONSE, 2, timeout_s=0.5)
+    assert time.monotonic() - started < 5  # all of it would take 40 s
+
+
+def test_a_proxy_of_the_environment_is_not_asked(framed: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with TeacherClient(framed.url, attempts=1) as client:
+        client.score(PROMPT, RESPONSE, 2)
+
+
+@pytest.mark.parametrize("tokens", ["\xb2", "9" * 5000, "-5", "1e9"], ids=["superscript", "long", "negative", "float"])
+def test_a_load_that_is_none_is_passed_over(framed: Server, tokens: str) -> None:
+    framed.script = [lambda handler, content: handler.reply(200, content, Claas_Queue_Tokens=tokens)]
+    with TeacherClient(framed.url, attempts=1) as client:
+        client.score(PROMPT, RESPONSE, 2)
+
+
+@pytest.mark.parametrize("tokens", [float("inf"), -(10**12), None, [], "x"], ids=str)
+def test_a_replica_whose_load_is_none_takes_nobody_down(three: list[Server], tokens: Any) -> None:
+    three[0].queue_tokens = tokens
+    with TeacherClient([one.url for one in three]) as client:
+        client.score(PROMPT, RESPONSE, 2)
+
+
+def test_several_stock_vllms_are_tried_one_after_the_other(three: list[Server]) -> None:
+    for one in three:
+        one.info = None
+    three[0].script = three[1].script = [status(500)]
+    with TeacherClient([one.url for one in three], attempts=3) as client:
+        client.score(PROMPT, RESPONSE, 2)
+    assert [len(one.bodies) for one in three] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": 5},
+        {"model": ""},
+        {"model": "x" * 600},
+        {"tokenizer_fingerprint": "zz"},
+        {"tokenizer_fingerprint": 5},
+        {"vocab_size": "many"},
+        {"vocab_size": 1.5},
+        {"max_logprobs": []},
+        {"max_logprobs": True},
+        {"max_model_len": 0},
+        {"request_tokens": "a"},
+        {"request_tokens": -1},
+    ],
+    ids=str,
+)
+def test_an_info_that_cannot_be_is_a_named_error(framed: Server, change: dict[str, Any]) -> None:
+    framed.info = {**FRAMES, **change}
+    with TeacherClient(framed.url) as client, pytest.raises(TeacherAnswerInvalid):
+        client.score(PROMPT, RESPONSE, 2)
+
+
+def test_an_error_of_digits_takes_no_time(server: Server) -> None:
+    server.script = [status(400, json.dumps({"error": {"message": "1" * 60_000}}).encode())]
+    with TeacherClient(server.url) as client:
+        client.info()
+        started = time.thread_time()
+        with pytest.raises(TeacherRefused):
+            client.score(PROMPT, RESPONSE, 2)
+    assert time.thread_time() - started < 3  # it took 29 s
+
+
+@pytest.mark.parametrize("logprob", [[1, 2], [1], {"a": 1}], ids=str)
+def test_a_logprob_that_is_a_list_is_a_named_error(server: Server, logprob: Any) -> None:
+    row = {str(token): {"logprob": logprob} for token in RESPONSE}
+    content = json.dumps({"choices": [{"prompt_logprobs": [None, None, None, row, row]}]}).encode()
+    server.script = [status(200, content)]
+    with TeacherClient(server.url) as client, pytest.raises(TeacherAnswerInvalid):
+        client.score(PROMPT, RESPONSE, 2)
+
+
+def test_chosen_ids_beyond_int32_are_refused_and_not_wrapped(framed: Server) -> None:
+    with TeacherClient(framed.url) as client, pytest.raises(TeacherRefused, match="outside every vocabulary"):
+        client.score(PROMPT, RESPONSE, 2, chosen=[[2**32 + 5, 6], [5, 6]])
+    assert not framed.bodies
+
+
+def test_a_packed_answer_is_not_unpacked(framed: Server) -> None:
+    framed.script = [status(200, gzip.compress(bytes(1 << 26)), content_encoding="gzip")]
+    with TeacherClient(framed.url) as client:
+        client.info()
+        tracemalloc.start()
+        try:
+            with pytest.raises(TeacherAnswerInvalid):
+                client.score(PROMPT, RESPONSE, 2)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+def test_no_call_waits_for_anothers_info_past_its_deadline(framed: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "do_GET", lambda handler: handler.server.ending.wait(30))
+    with TeacherClient(framed.url, attempts=1, timeout_s=6) as client:
+
+        def ask() -> None:
+            with contextlib.suppress(TeacherUnavailable):
+                client.info()
+
+        first = threading.Thread(target=ask)
+        first.start()
+        while not client._info_lock.locked():
+            time.sleep(0.01)
+        started = time.monotonic()
+        with pytest.raises(TeacherUnavailable, match="another call"):
+            client.score(PROMPT, RESPONSE, 2, timeout_s=0.3)
+        assert time.monotonic() - started < 4
+        framed.ending.set()
+        first.join(10)
