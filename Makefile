@@ -65,7 +65,7 @@ fuzz-api: env ## ten thousand generated calls of the REST API (five minutes)
 	CLAAS_FUZZ_EXAMPLES=600 $(PY) -m pytest tests/shim/test_fuzz.py -q -s --stress
 
 .PHONY: bench-api
-bench-api: env ## 200 callers at once: how late they hear, judged (on an idle machine); 1,000 that wait: what they cost
+bench-api: env ## 200 callers at once: how late they hear, judged (on an idle machine), and what the API server alone takes; 1,000 that wait
 	CLAAS_LATE_SECONDS=0.15 $(PY) -m pytest tests/shim/test_load.py -q -s --stress
 
 .PHONY: bench-operator

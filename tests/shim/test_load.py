@@ -13,8 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+from kubernetes.aio import client, config
 
+from claas_crds import names
 from claas_operator.shim import spec
+from claas_operator.shim.cluster import Cluster
+from claas_operator.snapshot import Kind
+from cluster.controlplane import ControlPlane
 from shimstage import Shim, ShimStage
 
 pytestmark = pytest.mark.controlplane
@@ -72,6 +77,40 @@ def times(stage: ShimStage, id_: str) -> tuple[float, float, float]:
     assert shown.ended_at == end["lastTransitionTime"]
     asked = datetime.fromisoformat(shown.created_at).timestamp()
     return created, asked, datetime.fromisoformat(end["lastTransitionTime"]).timestamp()
+
+
+@pytest.mark.stress
+async def test_what_the_api_server_alone_takes(claas_api: ControlPlane) -> None:
+    """200 requests made in one moment and seen by a watch, with no operator, worker or shim: what is below it all."""
+    configuration = client.Configuration()
+    await config.load_kube_config(config_file=str(claas_api.kubeconfig), client_configuration=configuration)
+    cluster, seen, all_seen = Cluster(configuration), dict[str, float](), asyncio.Event()
+    path = cluster.path(Kind.REQUEST, "default")
+    spec = {"loraUri": "s3://adapters/default/x/", "samples": [{"prompt": "SECRET", "response": "SECRET"}]}
+    kind = {"apiVersion": names.API_VERSION, "kind": names.REQUEST_KIND}
+    _, _, version = await cluster.page(Kind.REQUEST, limit=1)
+
+    async def watch() -> None:
+        async for _, raw in cluster.watch(Kind.REQUEST, version):
+            seen.setdefault(raw["metadata"]["name"], time.time())
+            if len(seen) == 2 * CALLERS:
+                all_seen.set()
+
+    async def create(name: str) -> tuple[str, float]:
+        started = time.time()
+        await cluster.create(path, kind | {"metadata": {"name": name}, "spec": spec})
+        return name, started
+
+    watching = asyncio.create_task(watch())
+    await asyncio.gather(*(create(f"warm-{number}") for number in range(CALLERS)))
+    made = await asyncio.gather(*(create(f"bare-{number}") for number in range(CALLERS)))
+    await asyncio.wait_for(all_seen.wait(), 30)
+    watching.cancel()
+    await cluster.close()
+    claas_api.api("DELETE", path)
+    took = sorted(seen[name] - started for name, started in made)
+    p50, p99 = (took[int(CALLERS * share)] * 1000 for share in (0.5, 0.99))
+    print(f"\n{CALLERS} bare creates in one moment, until a watch has seen them: p50 {p50:.0f} ms, p99 {p99:.0f} ms")
 
 
 @pytest.mark.stress
