@@ -53,6 +53,10 @@ unit: env ## the tests that need no cluster, no vLLM and no images (a minute)
 mutations: env ## break every formula of the loss, one at a time, and see a test fail (minutes)
 	$(PY) tests/worker/mutations.py
 
+.PHONY: model-mutations
+model-mutations: env ## take every precondition of the protocol away, one at a time, and see the model of the control plane find it (minutes)
+	$(PY) tests/operator/model_mutations.py
+
 .PHONY: learning
 learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (hours on two cores; a GPU is used if there is one)
 	@mkdir -p build

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -57,14 +57,16 @@ def place(
     requests: Iterable[Request],
     now: datetime,
     workers: int | None = None,
-    weights: Mapping[str, float] | None = None,
+    weight: Callable[[str], float] = lambda _: 1.0,
+    usage: Usage | None = None,
 ) -> Place:
     """Where `request` stands among `requests`, which may hold it and ended ones too.
 
     Args:
         requests: of one pool, of all namespaces, or the position is among fewer than there are.
         workers: requests that may run at a time; None: as many as are running now, and at least one.
-        weights: of namespaces, `tenants[].weight` in the chart's values; 1 where there is none.
+        weight: of a namespace, by `tenants` in the chart's values; by default all are alike.
+        usage: of all namespaces, where `requests` lack ended ones that count; by default it is taken from them.
 
     Raises:
         ValueError: `request` has ended, or workers is below 1.
@@ -77,10 +79,11 @@ def place(
     unended = sorted((r for r in everyone.values() if r.ended is None), key=lambda r: r.order)
     running = [r for r in unended if _is_running(r)]
     step, steps = recent_step(everyone.values())
-    usage = Usage()
-    for other in everyone.values():
-        usage.put(other, now)
-    queue = _Queue(unended, running, usage, weights or {})
+    if usage is None:
+        usage = Usage()
+        for other in everyone.values():
+            usage.put(other, now)
+    queue = _Queue(unended, running, usage, weight)
     slots = max(1, len(running)) if workers is None else workers
     if _is_running(request):
         left = None if step is None else _left(request, step, now)
@@ -127,10 +130,10 @@ class _Queue:
     """The planner's order, replayed."""
 
     def __init__(
-        self, unended: Sequence[Request], running: Sequence[Request], usage: Usage, weights: Mapping[str, float]
+        self, unended: Sequence[Request], running: Sequence[Request], usage: Usage, weight: Callable[[str], float]
     ) -> None:
         self._running, taken = running, {request.uid for request in running}
-        self._usage, self._weights = usage, weights
+        self._usage, self._weight = usage, weight
         self._chains: dict[Chain, deque[Request]] = defaultdict(deque)
         for request in unended:
             if request.uid not in taken:
@@ -142,7 +145,7 @@ class _Queue:
         heapq.heapify(ends)
         cost = self._usage.typical_ms(now)
         used = shares({namespace for namespace, _ in self._chains}, self._usage, self._running, now, cost)
-        used = {namespace: taken / self._weights.get(namespace, 1) for namespace, taken in used.items()}
+        used = {namespace: taken / self._weight(namespace) for namespace, taken in used.items()}
         held = {(r.namespace, r.adapter_name) for r in self._running if r.adapter_name}
         lines: dict[str, Line] = defaultdict(list)
         for chain in self._chains:
@@ -156,7 +159,7 @@ class _Queue:
                 request = self._chains[chain].popleft()
                 order.append(request.uid)
                 starts[request.uid] = at
-                used[namespace] += cost / self._weights.get(namespace, 1)
+                used[namespace] += cost / self._weight(namespace)
                 heapq.heappush(ends, (at + step, request.uid, request))
             at, _, ended = heapq.heappop(ends)
             self._offer(lines, (ended.namespace, ended.adapter_name))

@@ -209,8 +209,7 @@ class Settings(_Part):
 
     def tenant(self, namespace: str) -> Tenant:
         """What `namespace` may have: by its own entry, or by the one for all."""
-        own = [tenant for tenant in self.tenants if tenant.namespace in (namespace, "*")]
-        return min(own, key=lambda tenant: tenant.namespace == "*", default=_ANYBODY)
+        return tenant_of(self.tenants, namespace)
 
     def prefixes(self, namespace: str) -> list[str]:
         """The storage prefixes of `namespace`."""
@@ -222,6 +221,12 @@ class Settings(_Part):
 
 
 _ANYBODY = Tenant()
+
+
+def tenant_of(tenants: Iterable[Tenant], namespace: str) -> Tenant:
+    """The entry of `namespace`, or the one for all, or none's."""
+    own = [tenant for tenant in tenants if tenant.namespace in (namespace, "*")]
+    return min(own, key=lambda tenant: tenant.namespace == "*", default=_ANYBODY)
 
 
 def load(path: Path) -> Settings:

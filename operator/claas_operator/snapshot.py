@@ -360,7 +360,6 @@ class Snapshot:
         listed = {uid for lease in self.leases.values() for uid in lease.running}
         self.gone = {uid: at for uid, at in self.gone.items() if now - at < TOMBSTONE_LIFE}
         self.strangers = {uid: at for uid, at in self.strangers.items() if uid in listed}
-        self.usage.trim(now)
 
     def by_name(self, kind: Kind, namespace: str, name: str) -> AnyEntry | None:
         """The object of that name."""

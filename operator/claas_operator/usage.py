@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from claas_operator.snapshot import Request
@@ -23,6 +23,25 @@ DAY_MINUTES: Final = 24 * 60
 HALF_LIFE_MINUTES: Final = 10
 # A request's cost before any is known. Only a namespace's turns depend on it, all alike.
 UNKNOWN_MS: Final = 1000.0
+
+
+class _Used(Protocol):
+    """What a namespace has used, and when that was told: of a request, or kept of one."""
+
+    @property
+    def namespace(self) -> str: ...
+    @property
+    def used_ms(self) -> int: ...
+    @property
+    def used_at(self) -> datetime: ...
+
+
+class Used(NamedTuple):
+    """What is kept of a request."""
+
+    namespace: str
+    used_ms: int
+    used_at: datetime
 
 
 @dataclass
@@ -40,7 +59,7 @@ class Usage:
     _decayed: dict[str, tuple[float, float]] = field(default_factory=dict)
     _at: int = 0
 
-    def put(self, request: Request, now: datetime) -> None:
+    def put(self, request: _Used, now: datetime) -> None:
         """A request came, or has changed."""
         minute = _minute(request.used_at)
         if request.used_ms > 0 and minute > _minute(now) - DAY_MINUTES:
@@ -49,7 +68,7 @@ class Usage:
             slot.requests += 1
             self._decayed.pop(request.namespace, None)
 
-    def remove(self, request: Request) -> None:
+    def remove(self, request: _Used) -> None:
         """It is gone, or is about to change."""
         minutes = self._minutes.get(request.namespace, {})
         slot = minutes.get(_minute(request.used_at))
@@ -85,6 +104,7 @@ class Usage:
         at = _minute(now)
         if at != self._at:
             self._at, self._decayed = at, {}
+            self.trim(now)
         if namespace not in self._decayed:
             ms = requests = 0.0
             for minute, slot in sorted(self._minutes.get(namespace, {}).items()):
@@ -117,7 +137,7 @@ def shares(
     used = {namespace: usage.decayed_ms(namespace, now) for namespace in namespaces}
     for request in running:
         if request.namespace in used:
-            taken = (now - request.claimed_at).total_seconds() * 1000 if request.claimed_at else 0.0
+            taken = (now - request.assigned_at).total_seconds() * 1000 if request.worker else 0.0
             used[request.namespace] += max(typical_ms, taken)
     return used
 

@@ -442,3 +442,16 @@ def test_the_admission_policy_knows_where_workers_run(helm: Helm, pools: str, pl
         f"account[2] in {places.replace('HOME', NAMESPACE)}" in rule["expression"]
         for rule in policy["spec"]["validations"]
     )
+
+
+def test_tenants_patience_and_kueue_s_queue_reach_the_operator(helm: Helm) -> None:
+    tenants = (
+        '[{"namespace": "*", "maxGpuSecondsPerDay": 3600}, {"namespace": "a", "weight": 2, "maxPendingRequests": 9}]'
+    )
+    objects = helm.render(
+        "--set-json", f"tenants={tenants}", "--set", "poolDefaults.queueName=gpus,poolDefaults.scaleUpSeconds=2.5"
+    )
+    settings = Settings.model_validate(settings_of(objects))
+    assert (settings.tenant("a").weight, settings.tenant("a").max_gpu_seconds_per_day) == (2, 0)
+    assert (settings.tenant("b").weight, settings.tenant("b").max_gpu_seconds_per_day) == (1, 3600)
+    assert (settings.pools[0].queue_name, settings.pools[0].scale_up_seconds) == ("gpus", 2.5)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from chart.rendering import Helm, Object, containers, environment, only, pod_templates, shim_settings_of
+from chart.rendering import Helm, Object, containers, environment, only, pod_templates, settings_of, shim_settings_of
 from claas_crds import names
+from claas_operator.settings import Settings
 from claas_operator.shim.settings import ShimSettings
 from shimstage import SHIM_HOME_RULES, SHIM_RULES
 
@@ -82,6 +83,13 @@ def test_it_can_be_left_out(helm: Helm) -> None:
 )
 def test_a_mistake_is_named(helm: Helm, mistake: str, words: str) -> None:
     assert words in helm.refusal("--set", mistake)
+
+
+def test_it_knows_the_weights_that_the_operator_goes_by(helm: Helm) -> None:
+    objects = helm.render("--set-json", 'tenants=[{"namespace": "*", "weight": 0.5}]')
+    told = ShimSettings.model_validate(shim_settings_of(objects)).tenants
+    assert told == Settings.model_validate(settings_of(objects)).tenants
+    assert told[0].weight == 0.5
 
 
 def test_it_knows_where_forks_may_start(helm: Helm) -> None:

@@ -1,9 +1,11 @@
 """A small model of the whole control plane with the real `plan` and the real `apply` in it.
 
 Hypothesis plays users (who also roll back, delete an adapter with its versions and create it anew), the store, two
-leaders (either may be stale, or die between any two calls), the kubelet, and workers that die, wedge, drain, report
-late or go on after their Pod was taken away. After each step the invariants of the architecture hold; and from wherever
-it got, a calm world ends every request.
+leaders (either may be stale, or die between any two calls; events come late, twice and in any order), the kubelet, and
+workers that die, wedge, drain, claim what they heard of long ago, report late or go on after their Pod was taken away.
+After each step the invariants of the architecture hold; and from wherever it got, a calm world ends every request.
+
+`model_mutations.py` takes each precondition of the protocol away, in turn, and sees this model find it.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kubernetes.aio.client.exceptions import ApiException
 
 from claas_crds import names
-from claas_operator.actions import Action
+from claas_crds.reasons import Reason
+from claas_operator.actions import Action, Bind
 from claas_operator.apply import Apply, Lost
 from claas_operator.plan import plan
 from claas_operator.references import beside
-from claas_operator.snapshot import Kind, Snapshot
+from claas_operator.snapshot import Kind, Lease, Snapshot
 from claas_store.uris import next_version_uri
 from operatorkit import (
     HOME,
@@ -80,6 +83,7 @@ class WorkerProcess:
     state: str = "Starting"
     running: set[str] = field(default_factory=set)
     training: dict[str, tuple[int, str, str]] = field(default_factory=dict)  # uid -> attempt, parent uri, adapter uid
+    inbox: dict[str, Raw] = field(default_factory=dict)  # what its watch told it last, which may be long ago
 
 
 def ended(raw: Raw) -> bool:
@@ -108,6 +112,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
         self.moved_by: set[str] = set()
         self.been: dict[str, set[str]] = {}  # adapter uid -> every head that it had
         self.parents: dict[str, str] = {}  # version -> the version that it was trained from
+        self.attempts: dict[str, int] = {}  # by request
+        self.ends: dict[str, str] = {}  # how each request ended
+        self.held_by: dict[str, str] = {}  # adapter uid -> the request that holds it
         self.leaders = [self.leader(), self.leader()]
 
     # What happens
@@ -202,12 +209,15 @@ class ControlPlaneModel(RuleBasedStateMachine):
 
     # Leaders
 
-    @rule(who=st.integers(0, 1), count=st.integers(1, 40), again=st.booleans())
-    def hears(self, who: int, count: int, again: bool) -> None:
-        """Events arrive, late; and some of them twice."""
+    @rule(who=st.integers(0, 1), count=st.integers(1, 40), again=st.booleans(), order=st.integers(0, 99))
+    def hears(self, who: int, count: int, again: bool, order: int = 0) -> None:
+        """Events arrive, late; some of them twice, and of several objects in any order."""
         leader = self.leaders[who]
         start = max(0, leader.heard - 5) if again else leader.heard
-        for kind, how, raw in self.api.log[start : leader.heard + count]:
+        events = self.api.log[start : leader.heard + count]
+        if order:
+            random.Random(order).shuffle(events)
+        for kind, how, raw in events:
             if how == "DELETED":
                 leader.snapshot.remove(kind, raw["metadata"]["uid"], self.now)
             else:
@@ -219,6 +229,8 @@ class ControlPlaneModel(RuleBasedStateMachine):
         """Decides, and begins to act: on everything, or on some of it."""
         leader = self.leaders[who]
         for action in plan(leader.snapshot, self.settings, self.now).actions[first if first < 3 else 0 :]:
+            if isinstance(action, Bind):
+                self.takes_requests(leader, action.worker)
             if action.key not in leader.doing:
                 leader.doing[action.key] = (action, leader.apply(action))
                 leader.snapshot.in_flight[action.key] = action
@@ -386,23 +398,49 @@ class ControlPlaneModel(RuleBasedStateMachine):
             worker.state = "Ready"
             self.show(worker)
 
-    @rule(i=st.integers(0, 5), which=st.integers(0, 5))
-    def worker_claims(self, i: int, which: int) -> None:
-        """Announce, then claim: JSON Patch tests worker and attempt; no terminal condition, no result."""
+    @rule(i=st.integers(0, 5))
+    def worker_hears(self, i: int) -> None:
+        """Its watch tells it what is bound to it now."""
+        if worker := self.pick(i):
+            bound = [r for r in self.requests() if r["status"].get("worker") == worker.name and not ended(r)]
+            bound = [r for r in bound if (r["status"].get("result") or {}).get("attempt") != r["status"]["attempt"]]
+            worker.inbox = {r["metadata"]["uid"]: r for r in bound}
+
+    @rule(i=st.integers(0, 5), which=st.integers(0, 5), fresh=st.booleans())
+    def worker_claims(self, i: int, which: int, fresh: bool = True) -> None:
+        """It claims something that it has heard of, now or long ago."""
+        if fresh:
+            self.worker_hears(i)
         worker = self.pick(i)
         if worker is None or worker.state == "Starting":
             return
-        mine = [r for r in self.requests() if r["status"].get("worker") == worker.name and not ended(r)]
-        mine = [r for r in mine if (r["status"].get("result") or {}).get("attempt") != r["status"]["attempt"]]
-        mine = [r for r in mine if r["metadata"]["uid"] not in worker.training]
+        mine = [raw for uid, raw in worker.inbox.items() if uid not in worker.training]
         if mine:
-            raw = mine[which % len(mine)]
-            self.begin(worker, raw)
+            self.begin(worker, mine[which % len(mine)])
 
-    def begin(self, worker: WorkerProcess, raw: Raw) -> None:
-        uid, status = raw["metadata"]["uid"], raw["status"]
+    def claimable(self, worker: WorkerProcess, uid: str, attempt: int) -> Raw | None:
+        """The request, if the claim's JSON Patch holds: worker and attempt, no terminal condition, no result."""
+        live = next((r for r in self.requests() if r["metadata"]["uid"] == uid), None)
+        if live is None or (live["status"].get("worker"), live["status"].get("attempt")) != (worker.name, attempt):
+            return None
+        if ended(live):
+            return None
+        if (live["status"].get("result") or {}).get("attempt") == attempt:
+            return None
+        return live
+
+    def begin(self, worker: WorkerProcess, seen: Raw) -> None:
+        """Announce, then claim; and nothing is trained without a claim."""
+        uid = seen["metadata"]["uid"]
         worker.running.add(uid)
         self.show(worker)
+        raw = self.claimable(worker, uid, seen["status"]["attempt"])
+        if raw is None:
+            worker.running.discard(uid)
+            worker.inbox.pop(uid, None)
+            self.show(worker)
+            return
+        status = raw["status"]
         on = status["parent"]["adapterUid"]
         if on:
             self.nothing_else_trains(uid, on)
@@ -420,13 +458,15 @@ class ControlPlaneModel(RuleBasedStateMachine):
         """Tests worker and attempt; where they moved on, the result is dropped. Then the uid leaves the Lease."""
         attempt, parent, _ = worker.training.pop(uid)
         raw = next((r for r in self.requests() if r["metadata"]["uid"] == uid), None)
+        body: Raw = {"attempt": attempt, "outcome": outcome, "reason": outcome, "at": format_time(self.now)}
+        if outcome == "Succeeded":
+            created = raw["metadata"]["creationTimestamp"] if raw else format_time(NOW)
+            uri = next_version_uri(parent, created, f"{zlib.crc32(uid.encode()):08x}", attempt)
+            assert uri not in self.there, "two attempts write to one place"
+            self.parents[uri] = parent
+            self.there.add(uri)
+            body |= {"loraUri": uri, "metadata": NUMBERS}
         if raw and (raw["status"].get("worker"), raw["status"].get("attempt")) == (worker.name, attempt):
-            body: Raw = {"attempt": attempt, "outcome": outcome, "reason": outcome, "at": format_time(self.now)}
-            if outcome == "Succeeded":
-                uri = next_version_uri(parent, format_time(self.now), f"{zlib.crc32(uid.encode()):08x}", attempt)
-                self.parents[uri] = parent
-                self.there.add(uri)
-                body |= {"loraUri": uri, "metadata": NUMBERS}
             self.api.change(Kind.REQUEST, TEAM, raw["metadata"]["name"], {"status": {"result": body}})
         worker.running.discard(uid)
         self.show(worker)
@@ -479,6 +519,12 @@ class ControlPlaneModel(RuleBasedStateMachine):
 
     # What must hold
 
+    def takes_requests(self, leader: Leader, worker: str) -> None:
+        """As far as the leader knows, a worker that it gives a request to is Ready: not Starting, not Draining."""
+        known = leader.snapshot.by_name(Kind.LEASE, HOME, worker)
+        assert isinstance(known, Lease), "bound to a worker without a Lease"
+        assert known.state == names.STATE_READY, f"bound to a worker that is {known.state}"
+
     def nothing_else_trains(self, request_uid: str, adapter_uid: str) -> None:
         for worker in self.workers.values():
             there = self.api.objects.get((Kind.POD, HOME, worker.name))
@@ -492,10 +538,35 @@ class ControlPlaneModel(RuleBasedStateMachine):
         for kind, how, raw in self.api.log[self.checked :]:
             status = raw.get("status") or {}
             if kind is Kind.ADAPTER and how != "DELETED":
+                self.check_lock(raw, status)
                 self.check_head(raw["metadata"]["uid"], status)
-            elif kind is Kind.REQUEST and how == "MODIFIED" and status.get("version") and raw["spec"].get("adapterRef"):
-                assert raw["metadata"]["uid"] in self.moved_by, "Complete before the head moved"
+            elif kind is Kind.REQUEST and how != "DELETED":
+                self.check_request(raw, status)
         self.checked = len(self.api.log)
+
+    def check_lock(self, raw: Raw, status: Raw) -> None:
+        """While a deletion or a rollback waits, nothing new gets the adapter."""
+        uid, holder = raw["metadata"]["uid"], (status.get("active") or {}).get("requestUid", "")
+        asked = raw["spec"].get("rollbackTo") or ""
+        waits = "deletionTimestamp" in raw["metadata"] or (asked and asked != status.get("rollbackAnswered", ""))
+        if holder and holder != self.held_by.get(uid, ""):
+            assert not waits, f"{holder} got an adapter for which a deletion or a rollback waits"
+        self.held_by[uid] = holder
+
+    def check_request(self, raw: Raw, status: Raw) -> None:
+        """Attempts only grow; a request ends once, Complete only after its head has moved, and else never moves one."""
+        uid, attempt = raw["metadata"]["uid"], status.get("attempt", 0)
+        assert attempt >= self.attempts.get(uid, 0), "the attempt fell"
+        self.attempts[uid] = attempt
+        ends = [c["type"] for c in status.get("conditions") or [] if c["status"] == "True"]
+        end = next((kind for kind in ends if kind in ("Complete", "Failed")), "")
+        assert self.ends.get(uid, end) == end, f"{uid} ended as {self.ends.get(uid)}, then as {end or 'not at all'}"
+        if end:
+            self.ends[uid] = end
+        if status.get("version") and raw["spec"].get("adapterRef"):
+            assert uid in self.moved_by, "Complete before the head moved"
+        gone = status.get("reason") == Reason.ADAPTER_GONE  # with the head that it had moved
+        assert end != "Failed" or gone or uid not in self.moved_by, f"{uid} has moved a head and failed"
 
     def check_head(self, uid: str, status: Raw) -> None:
         seq, uri = status.get("headSeq", 0), status.get("uri", "")
@@ -514,6 +585,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
             return
         by = status["history"][-1]["requestUid"]
         assert by not in self.moved_by, f"{by} moved a head twice"
+        assert self.ends.get(by) != "Failed", f"{by} has failed and moved a head"
         self.moved_by.add(by)
         assert self.parents[uri] == before[1], "the new head was not trained from the old one"
 
@@ -561,6 +633,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
                 done = (status.get("result") or {}).get("attempt") == status.get("attempt")
                 if status.get("worker") == worker.name and not ended(raw) and not done:
                     self.begin(worker, raw)
+                    self.heads_move_once_and_in_a_line()
             if worker.state == "Draining" and not worker.training:
                 worker.alive = False
                 self.api.change(Kind.POD, HOME, worker.name, {"status": {"phase": "Succeeded"}})
@@ -600,6 +673,7 @@ WEIGHTS = {
     "pods_start": 4,
     "garbage_collector": 2,
     "worker_is_ready": 2,
+    "worker_hears": 3,
     "worker_claims": 6,
     "workers_claim": 4,
     "worker_reports": 6,
@@ -624,13 +698,23 @@ def walk(seed: int) -> list[str]:
     history: list[str] = []
     arguments = {
         "leader_turns": lambda: {"who": dice.randrange(2)},
-        "hears": lambda: {"who": dice.randrange(2), "count": dice.choice([1, 2, 5, 40]), "again": dice.random() < 0.3},
+        "hears": lambda: {
+            "who": dice.randrange(2),
+            "count": dice.choice([1, 2, 5, 40]),
+            "again": dice.random() < 0.3,
+            "order": dice.choice([0, 0, 7, 8]),
+        },
         "plans": lambda: {"who": dice.randrange(2), "first": dice.choice([0, 0, 1, 2, 3])},
         "acts": lambda: {"who": dice.randrange(2), "which": dice.randrange(10), "calls": dice.randint(1, 4)},
         "acts_on_all": lambda: {"who": dice.randrange(2)},
         "leader_dies": lambda: {"who": dice.randrange(2)},
         "worker_is_ready": lambda: {"i": dice.randrange(6)},
-        "worker_claims": lambda: {"i": dice.randrange(6), "which": dice.randrange(6)},
+        "worker_hears": lambda: {"i": dice.randrange(6)},
+        "worker_claims": lambda: {
+            "i": dice.randrange(6),
+            "which": dice.randrange(6),
+            "fresh": dice.random() < 0.6,
+        },
         "worker_reports": lambda: {
             "i": dice.randrange(6),
             "which": dice.randrange(6),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections import Counter
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -14,7 +16,8 @@ from claas_operator.actions import Bind, DeleteRequest, Lock, Say, StartJob
 from claas_operator.plan import MAX_PER_PLAN, plan
 from claas_operator.queueing import place
 from claas_operator.settings import Settings
-from claas_operator.snapshot import Kind, Request, Snapshot
+from claas_operator.shim.places import Places
+from claas_operator.snapshot import Kind, Request, Snapshot, parse
 from claas_operator.usage import UNKNOWN_MS, Usage
 from operatorkit import (
     NOW,
@@ -27,6 +30,7 @@ from operatorkit import (
     claim,
     decide,
     ended,
+    format_time,
     job,
     kind_of,
     later,
@@ -133,17 +137,44 @@ def test_the_place_in_the_queue_is_the_planner_s_with_usage_and_weights() -> Non
     queue = [waiting(f"w{i}", f"n{i % 5}", created=later(-i % 11), spec={"priority": i % 3}) for i in range(24)]
     running = request("busy", "", namespace="n1", uid="uid-busy", status=bound(WORKER, adapter="") | claim(WORKER))
     using = tenants({"namespace": "n0", "weight": 0.5}, {"namespace": "*", "weight": 2}, pool={"maxWorkers": 30})
-    weights = {f"n{i}": using.tenant(f"n{i}").weight for i in range(5)}
     seen = snapshot(
         *history, *queue, running, *workers(WORKER, *(f"claas-l40s-{i}-w" for i in range(2, 26))), now=later(12)
     )
     everyone = list(seen.requests.values())
     places = {
-        r.name: place(r, everyone, later(12), 99, weights).position
+        r.name: place(r, everyone, later(12), 99, lambda n: using.tenant(n).weight).position
         for r in everyone
         if r.ended is None and not r.worker
     }
     assert sorted(places, key=lambda name: places[name]) == order(seen, using, 12)
+
+
+async def test_the_rest_api_s_place_counts_what_ended_requests_used() -> None:
+    history = [used(f"u{i}", f"n{i % 3}", 1000 * (i + 1), at=-60 * i) for i in range(40)]
+    queue = [waiting(f"w{i}", f"n{i % 3}", created=later(-i)) for i in range(12)]
+    gone = used("gone", "n0", 10_000_000)
+    here = datetime.now(UTC) - NOW  # the shim looks at the clock
+    places = Places(lambda namespace: 3 if namespace == "n2" else 1)
+    moved = [at_present(raw, here) for raw in (*history, gone, *queue)]
+    for raw in (*moved, *moved):
+        places.seen(raw)
+    places.lost("uid-n0-gone")
+    known = [parse(Kind.REQUEST, raw, NOW + here) for raw in moved if raw["metadata"]["name"] != "gone"]
+    everyone = [found for found in known if isinstance(found, Request)]
+    for waits in (found for found in everyone if found.ended is None):
+        told = await places.of(waits.uid)
+        assert told is not None
+        expected = place(waits, everyone, NOW + here, None, lambda n: 3 if n == "n2" else 1)
+        assert told.position == expected.position
+
+
+def at_present(raw: Raw, by: timedelta) -> Raw:
+    """The same with all its times later."""
+    moved = re.sub(
+        r"2026-0[45]-\d\dT[0-9:.]+Z", lambda m: format_time(datetime.fromisoformat(m[0]) + by), json.dumps(raw)
+    )
+    found: Raw = json.loads(moved)
+    return found
 
 
 def test_what_a_request_used_is_written_at_its_end_and_kept_over_attempts() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from claas_crds.request import Parent
@@ -155,6 +156,7 @@ def replaced(value: Any, path: tuple[Any, ...], junk: object) -> Any:
     return copy
 
 
+@hypothesis_settings(deadline=None)  # other processes may want the cores too
 @given(data=st.data())
 def test_whatever_an_object_holds_the_others_go_on(data: st.DataObject) -> None:
     victim = data.draw(st.sampled_from(WHOLE))

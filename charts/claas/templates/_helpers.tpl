@@ -382,6 +382,10 @@ storage:
   forkPrefixes:
     {{- toYaml . | nindent 4 }}
   {{- end }}
+{{- with .Values.tenants }}
+tenants:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- with include "claas.teacherUrl" . }}
 teacher:
   url: {{ . }}

@@ -18,6 +18,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from claas_crds import names
 from claas_crds.reasons import Reason
 from claas_operator.api import FAILURES
+from claas_operator.settings import tenant_of
 from claas_operator.shim import problems, spec
 from claas_operator.shim.auth import Act, Caller, bearer, forbidden, make_auth
 from claas_operator.shim.cluster import Cluster, Object
@@ -49,7 +50,7 @@ class Door:
         self.settings, self.cluster = settings, cluster
         self.auth = make_auth(settings, cluster)
         self.payloads = Payloads(settings, cluster, lambda: self.requests.synced.is_set() and self.requests.connected)
-        self.places = Places()
+        self.places = Places(lambda namespace: tenant_of(settings.tenants, namespace).weight)
         self.requests = Informer(
             cluster,
             Kind.REQUEST,

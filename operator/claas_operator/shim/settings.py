@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.alias_generators import to_camel
 
 from claas_crds.request import MAX_PAYLOAD_SAMPLES
-from claas_operator.settings import Prefix, Settings, SettingsError, Storage, Teacher
+from claas_operator.settings import Prefix, Settings, SettingsError, Storage, Teacher, Tenant
 
 # Samples that take more, as JSON, travel by payloadRef: etcd rewrites a whole object at every patch of its status.
 INLINE_BYTES: Final = 4096
@@ -67,6 +67,9 @@ class ShimSettings(_Part):
         default_factory=dict, description="Base model of each pool; empty: the operator alone knows them."
     )
     storage: Storage = Field(default_factory=Storage)
+    tenants: tuple[Tenant, ...] = Field(
+        (), description="The operator's: a place in the queue depends on their weights."
+    )
     teacher: Teacher | None = None
     auth: Auth = Field(default_factory=Auth)
     limits: Limits = Field(default_factory=Limits)
@@ -104,6 +107,7 @@ class ShimSettings(_Part):
                 "default_base_model": operator.default_base_model,
                 "pools": {pool.name: pool.base_model for pool in operator.pools},
                 "storage": operator.storage,
+                "tenants": operator.tenants,
                 "teacher": operator.teacher,
             }
             | changes
