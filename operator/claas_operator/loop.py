@@ -180,7 +180,7 @@ class Loop:
             self._cool(action, after=_retry_after(error))
         else:
             self._cooling.pop(action.key, None)
-            self._metrics.done(action, datetime.now(UTC))
+            self._metrics.done(action)
             log.info("done", extra=what | _details(action))
 
     def _cool(self, action: Action, *, at_once: bool = False, after: float = 0.0) -> None:

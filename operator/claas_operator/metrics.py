@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from claas_crds import names
 from claas_crds.reasons import Reason
-from claas_operator.actions import Action, Bind, Complete, End, Retry
+from claas_operator.actions import Action, Bind, Complete, End, OnRequest, Retry
 from claas_operator.settings import Settings
 from claas_operator.snapshot import Request, Snapshot
 from claas_operator.workers import works_for
@@ -58,7 +58,7 @@ class Metrics:
         )
         self._gpu_seconds = prometheus_client.Counter(
             "claas_gpu_seconds_total",
-            "Workers' time that requests took, from claim to report",
+            "Workers' time that requests took",
             ["namespace"],
             registry=self.registry,
         )
@@ -86,9 +86,9 @@ class Metrics:
         """An API server was called."""
         self._api_requests.labels(verb, str(code)).inc()
 
-    def done(self, action: Action, now: datetime) -> None:
+    def done(self, action: Action) -> None:
         """A write has succeeded."""
-        if isinstance(action, Complete | End | Retry) and (seconds := _worked_seconds(action.request, now)):
+        if isinstance(action, Complete | End | Retry) and (seconds := _used_seconds(action)):
             self._gpu_seconds.labels(action.request.namespace).inc(seconds)
         if isinstance(action, Complete):
             reason = action.status.get("reason") or Reason.SUCCEEDED
@@ -101,11 +101,9 @@ class Metrics:
             self._bindings_lost.inc()
 
 
-def _worked_seconds(request: Request, now: datetime) -> float:
-    """How long the request's worker had it in this attempt; 0 where it never began."""
-    if request.claimed_at is None:
-        return 0.0
-    return max(0.0, ((request.result_at or now) - request.claimed_at).total_seconds())
+def _used_seconds(action: OnRequest) -> float:
+    """What the attempt that a write ends has used of a worker: by how much it moves `status.gpuMs`."""
+    return max(0, (action.status.get("gpuMs") or 0) - action.request.used_ms) / 1000
 
 
 def _phases(timings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
