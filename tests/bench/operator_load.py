@@ -366,7 +366,7 @@ def adapters(release: Release, plan: Plan) -> None:
     for i in range(plan.namespaces):
         release.namespace(f"team-{i}")
     for namespace, name in plan.places():
-        release.adapter(namespace, name, retention={"keepLast": 1000})
+        release.adapter(namespace, name, retention={"keepLast": 500})
 
 
 def wait_for_workers(release: Release, count: int) -> None:

@@ -300,6 +300,50 @@ def test_a_namesake_in_another_namespace_is_not_the_worker(
     patch(mine.client, request, claim(mine.name))
 
 
+def test_a_tenants_worker_sees_and_writes_its_own_namespace_alone(
+    kubectl: Kubectl, control_plane: ControlPlane, workers: list[Worker]
+) -> None:
+    """`isolation: Namespace`: the worker's role is bound to the tenant's service account in the tenant's namespace."""
+    tenant = restricted_namespace(kubectl)
+    role = next(o for o in kubectl.get("clusterroles") if o["metadata"]["name"].endswith(f"{RELEASE}-worker"))
+    account = f"--serviceaccount={tenant}:default"
+    kubectl("create", "rolebinding", "worker", f"--clusterrole={role['metadata']['name']}", account, "-n", tenant)
+    template, pod = worker_template(), f"worker-{uuid.uuid4().hex[:6]}"
+    template["spec"]["serviceAccountName"] = "default"
+    kubectl.apply(pod_of(template, pod), namespace=tenant)
+    bound = ("--bound-object-kind", "Pod", "--bound-object-name", pod)
+    client = as_token(kubectl, control_plane.url, kubectl("create", "token", "default", "-n", tenant, *bound))
+    api, place = kubernetes.client.CustomObjectsApi(client), (names.GROUP, names.VERSION)
+
+    def may_list() -> bool:
+        try:
+            return "items" in api.list_namespaced_custom_object(*place, tenant, names.REQUEST_PLURAL)
+        except kubernetes.client.ApiException:
+            return False
+
+    until("the role binding", may_list)
+    theirs = request_bound_to(kubectl, pod)  # of another namespace, and in the name of this very Pod
+    assert "cannot list resource" in refused(api.list_cluster_custom_object, *place, names.REQUEST_PLURAL)
+    assert "cannot list resource" in refused(api.list_namespaced_custom_object, *PLACE[:3], names.REQUEST_PLURAL)
+    assert "cannot get resource" in refused(api.get_namespaced_custom_object, *PLACE, theirs)
+    assert "cannot patch resource" in refused(patch, client, theirs, claim(pod))
+
+
+def test_a_token_ends_with_its_pod(kubectl: Kubectl, control_plane: ControlPlane, namespace: str) -> None:
+    """One that was carried away is worth nothing once the Pod is gone."""
+    gone = Worker(kubectl, namespace, control_plane.url)
+    request = request_bound_to(kubectl, gone.name)
+    kubectl("delete", "pod", gone.name, "-n", namespace, "--grace-period=0", "--force")
+
+    def code() -> int:
+        with pytest.raises(kubernetes.client.ApiException) as caught:
+            patch(gone.client, request, claim("another"))
+        status: int = caught.value.status
+        return status
+
+    until("the token to end", lambda: code() == 401)
+
+
 def test_a_worker_changes_no_spec_and_creates_nothing(kubectl: Kubectl, workers: list[Worker]) -> None:
     mine, _ = workers
     name = request_bound_to(kubectl, mine.name)

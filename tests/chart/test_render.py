@@ -22,6 +22,7 @@ from chart.rendering import (
 from claas_crds.adapter import LoraAdapterSpec
 from claas_crds.request import DistillRequestSpec
 from claas_operator.settings import Settings
+from operatorstage import AT_HOME, EVERYWHERE
 
 REFERENCE = re.compile(r"^([\w.-]+(:\d+)?/)*[\w.-]+(:[\w][\w.-]*|@sha256:[0-9a-f]{64})$")
 
@@ -390,6 +391,26 @@ def test_network_policies_let_in_those_who_have_business(helm: Helm) -> None:
     assert policies["claas-shim"]["ingress"] == [{"ports": [{"protocol": "TCP", "port": 8080}]}], "its callers are many"
     assert not may(teacher, store)
     assert not any(may(name, "pool l40s") or may(name, "operations") for name in everyone)
+
+
+def test_the_operator_may_do_what_its_tests_need_and_nothing_else(helm: Helm) -> None:
+    """`operatorstage` runs every operator of the tests with these rights."""
+    objects = helm.render()
+    cluster = only(objects, "ClusterRole", "claas-system-claas-operator")["rules"]
+    home = only(objects, "Role", "claas-operator")["rules"]
+
+    def rights(rules: list[Object]) -> set[tuple[str, str, str]]:
+        return {
+            (group, resource, verb)
+            for rule in rules
+            for group in rule["apiGroups"]
+            for resource in rule["resources"]
+            for verb in rule["verbs"]
+        }
+
+    assert rights(cluster) == rights(EVERYWHERE) | {("claas.dev", "distillrequests", "operate")}
+    assert rights(home) == rights(AT_HOME)
+    assert not [right for right in rights(cluster) | rights(home) if "*" in right or "secrets" in right[1]]
 
 
 def test_prometheus_reaches_the_operator(helm: Helm) -> None:
