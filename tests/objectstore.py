@@ -119,6 +119,8 @@ def running(
     options = [f"-{part}.port={number}" for part, number in ports.items()]
     command = [_weed(), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *options]
     command += [f"-bucket={BUCKET}", "-admin.ui=false", "-master.telemetry=false"]
+    # Services that nobody needs here, and for whose ports two stores that start at once would race.
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key}
     if rights is not None:
         admin = _identity("admin", access_key, secret_key, ["Admin", "Read", "Write", "List", "Tagging"])

@@ -127,7 +127,7 @@ class Release(Stage):
         for team in self.teams:
             for plural in (names.REQUEST_PLURAL, names.ADAPTER_PLURAL):
                 self.api("DELETE", f"{GROUP}/namespaces/{team}/{plural}")
-        for plural, raw in self._listed():
+        for plural, raw in self.listed():
             path = f"{GROUP}/namespaces/{raw['metadata']['namespace']}/{plural}/{raw['metadata']['name']}"
             with suppress(ApiError):  # it has gone in the meantime
                 self.api("PATCH", path, {"metadata": {"finalizers": None}})
@@ -281,7 +281,7 @@ class Release(Stage):
         problems = invariants.violations(self.evidence())
         assert not problems, self.tell(problems)
 
-    def _listed(self) -> list[tuple[str, Raw]]:
+    def listed(self) -> list[tuple[str, Raw]]:
         """Users' objects as they are now, with their plurals."""
         found = []
         for team in self.teams:
@@ -291,7 +291,7 @@ class Release(Stage):
         return found
 
     def _unfinished(self) -> bool:
-        for plural, raw in self._listed():
+        for plural, raw in self.listed():
             status = raw.get("status") or {}
             busy = status.get("active") or status.get("collecting")
             ended = witness.ended(status) if plural == names.REQUEST_PLURAL else not busy
@@ -302,7 +302,7 @@ class Release(Stage):
     def _witnessed(self) -> bool:
         """Whether the witness has seen everything as it is now, and what is gone go."""
         last = {seen.uid: seen for seen in self.witness.history() if seen.kind in ("DistillRequest", "LoraAdapter")}
-        here = {raw["metadata"]["uid"]: int(raw["metadata"]["resourceVersion"]) for _, raw in self._listed()}
+        here = {raw["metadata"]["uid"]: int(raw["metadata"]["resourceVersion"]) for _, raw in self.listed()}
         left = {
             uid
             for uid, seen in last.items()

@@ -13,9 +13,11 @@ import argparse
 import queue
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,7 +38,7 @@ from cluster.controlplane import ControlPlane
 from operatorstage import GROUP, apply_crds
 
 SECONDS = 9.0
-TEAMS, ADAPTERS, REQUESTS, TROUBLES = 2, 2, 14, 9
+TEAMS, ADAPTERS, REQUESTS, TROUBLES = 2, 2, 16, 16
 FAULTS: tuple[dict[str, Any], ...] = (
     {"status": 409},
     {"status": 429, "headers": {"Retry-After": "1"}},
@@ -93,7 +95,9 @@ def _adapters(chance: random.Random) -> Iterator[dict[str, Any]]:
 
 def _spec(chance: random.Random) -> dict[str, Any]:
     """Of a request."""
-    prompt = chance.choice(["SECRET", "SECRET", "SECRET", "SECRET", "bad SECRET", "nothing SECRET"])
+    prompt = chance.choice(
+        ["SECRET", "SECRET", "slow SECRET", "slow SECRET", "slow SECRET", "bad SECRET", "nothing SECRET"]
+    )
     spec: dict[str, Any] = {
         "samples": [{"prompt": prompt, "response": "SECRET", "feedback": "SECRET"}],
         "teacher": {"mode": chance.choice(["Server", "Server", "Self"])},
@@ -144,6 +148,7 @@ def _trouble(chance: random.Random) -> tuple[str, dict[str, Any]]:
             ("kill_operator_at", {"write": chance.choice([*WRITES]), "when": when}),
             ("stop_operator", {"seconds": seconds}),
             ("kill_worker", {"which": chance.random()}),
+            ("kill_worker", {"which": chance.random()}),
             ("kill_worker_at", {"moment": chance.choice([*DEATHS])}),
             ("kill_worker_at", {"moment": chance.choice([*DEATHS])}),
             ("stop_worker", {"which": chance.random(), "seconds": seconds}),
@@ -175,6 +180,14 @@ class Run:
             AssertionError: an invariant is broken; the message has the history.
         """
         self.release.replicas = 2
+        self.release.supervise()
+        first = [deed for deed in deeds if deed.name == "adapter"]
+        for deed in first:
+            self._adapter(**deed.given)
+        self._wait_for_adapters(len(first))
+        self.release.request("warm", "a0", teacher={"mode": "Self"})
+        self.release.complete("warm")
+        deeds = [deed for deed in deeds if deed.name != "adapter"]
         start = time.monotonic()
         for deed in deeds:
             while (left := start + deed.at - time.monotonic()) > 0:
@@ -189,6 +202,15 @@ class Run:
             undo()
         self._give_up_what_waits()
         self.release.settle()
+
+    def _wait_for_adapters(self, count: int) -> None:
+        """Trouble begins when there is something to disturb."""
+
+        def made() -> bool:
+            raws = [raw for plural, raw in self.release.listed() if plural == names.ADAPTER_PLURAL]
+            return sum(bool((raw.get("status") or {}).get("headSeq")) for raw in raws) == count
+
+        self.release.wait("the adapters", made, 60)
 
     def _tick(self, start: float) -> None:
         self.release.supervise()
@@ -352,8 +374,8 @@ class Run:
         self._after(seconds, f"{name} was cut off", lambda: proxy.refusing.discard(name))
 
 
-def run(world: World, seed: int, pace: float = 1.0) -> int:
-    """One seed, in `pace` times its seconds; gives how many requests ended.
+def run(world: World, seed: int, pace: float = 1.0) -> Counter[str]:
+    """One seed, in `pace` times its seconds; counts how requests ended, further attempts, and processes killed.
 
     Raises:
         AssertionError: an invariant is broken; with the seed's plan and history.
@@ -366,10 +388,21 @@ def run(world: World, seed: int, pace: float = 1.0) -> int:
                 Run(release).run(deeds)
             except AssertionError as error:
                 raise AssertionError(f"seed {seed} (make chaos SEED={seed})\n{error}") from None
-            lives = witness.lives(release.witness.history(), "DistillRequest").values()
-            return sum(witness.ended(life[-1].status) for life in lives)
+            return _count(release)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _count(release: Release) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for life in witness.lives(release.witness.history(), "DistillRequest").values():
+        end = witness.terminal(life[-1].status)
+        counts["ended"] += end is not None
+        counts[f"as {end['reason']}" if end else "deleted before the end"] += 1
+        counts["further attempts"] += max(0, (life[-1].status.get("attempt") or 0) - 1)
+    processes = [*release.operators, *release.kubelet.processes.values()]
+    counts["killed"] = sum(process.returncode == -signal.SIGKILL for process in processes)
+    return counts
 
 
 @dataclass
@@ -378,14 +411,14 @@ class Score:
 
     out: Path
     seeds: int = 0
-    requests: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     failed: list[int] = field(default_factory=list)
 
     def count(self, world: World, seed: int) -> None:
         """Runs a seed and counts it."""
         self.seeds += 1
         try:
-            ended = run(world, seed)
+            counts = run(world, seed)
         except Exception as error:  # noqa: BLE001 (it is shown, and counted)
             self.failed.append(seed)
             self.out.mkdir(parents=True, exist_ok=True)
@@ -393,8 +426,9 @@ class Score:
             path.write_text(f"{type(error).__name__}: {error}")
             print(f"seed {seed} FAILED, see {path}\n{str(error)[:2000]}", flush=True)
         else:
-            self.requests += ended
-            print(f"seed {seed}: {ended} requests have ended, all invariants hold", flush=True)
+            self.counts += counts
+            killed, again = counts["killed"], counts["further attempts"]
+            print(f"seed {seed}: {counts['ended']} requests have ended, {killed} kills, {again} retries", flush=True)
 
 
 def lane(seeds: queue.SimpleQueue[int], score: Score, seconds: float) -> None:
@@ -440,7 +474,8 @@ def main() -> int:
             running.result()
     minutes = (time.monotonic() - started) / 60
     print(f"{score.seeds} seeds in {minutes:.1f} minutes, {score.seeds / minutes:.1f} a minute; ", end="")
-    print(f"{score.requests} requests ended; failed: {sorted(score.failed) or 'none'}")
+    print(f"failed: {sorted(score.failed) or 'none'}")
+    print(*(f"{count} {what}" for what, count in score.counts.most_common()), sep=", ")
     return 1 if score.failed else 0
 
 

@@ -1,7 +1,8 @@
 """The worker's step without a model: it reads its parent, asks its teacher and writes a version, all for real.
 
 The weights of the new version are the parent's plus one, so that a chain of versions can be counted. "hold" in a prompt
-waits in Stepping until the file `go` is in CLAAS_MODEL_PATH; "bad" is bad input, "nothing" has nothing to learn.
+waits in Stepping until the file `go` is in CLAAS_MODEL_PATH, "slow" takes its time; "bad" is bad input, "nothing" has
+nothing to learn.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NUMBERS = Metadata(
     grad_norm=0.5,
     tokens_processed=7,
 )
-GATE_SECONDS = 120.0
+GATE_SECONDS, SLOW_SECONDS = 120.0, 0.7
 
 
 def load(settings: StepSettings) -> Step:
@@ -53,6 +54,8 @@ def load(settings: StepSettings) -> Step:
         report(PHASES[2])
         if "hold" in prompt:
             _wait_for(Path(settings.model_path) / "go")
+        if "slow" in prompt:
+            time.sleep(SLOW_SECONDS)
         if "bad" in prompt:
             raise EmptyResponse("samples[0].response is empty")
         if "nothing" in prompt:

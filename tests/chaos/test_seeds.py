@@ -15,4 +15,4 @@ def test_a_plan_is_its_seeds_alone() -> None:
 @pytest.mark.controlplane
 @pytest.mark.parametrize("seed", [0, 3])
 def test_whatever_dies_every_request_ends_and_the_invariants_hold(world: World, seed: int) -> None:
-    assert seeds.run(world, seed, pace=0.5) > 5, "so few requests show nothing"
+    assert seeds.run(world, seed, pace=0.5)["ended"] > 5, "so few requests show nothing"
