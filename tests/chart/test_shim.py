@@ -38,6 +38,7 @@ def test_the_shim_understands_its_settings(rendered: list[Object]) -> None:
     assert settings.teacher is not None
     assert settings.limits.max_body_bytes == 4 * 2**20
     assert settings.request_ttl_seconds == 86400
+    assert settings.pools == {pool["name"]: pool["baseModel"] for pool in settings_of(rendered)["pools"]} != {}
 
 
 def test_it_may_do_what_the_tests_let_it_do_and_no_more(helm: Helm) -> None:

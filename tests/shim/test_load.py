@@ -214,7 +214,7 @@ async def test_1000_waiting_callers_are_cheap_and_nobody_polls(stage: ShimStage)
                     if not (token := page.get("continue")):
                         return total
 
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while await made() < WAITING:
             assert time.monotonic() < end
             await asyncio.sleep(0.5)
