@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from kubernetes.aio.client.exceptions import ApiException
 
-from claas_operator.actions import Action, Bind, Collect, Commit, End, Fence, Forget, Lock, Rollback, Say
+from claas_operator.actions import Action, Bind, Collect, Commit, End, Fence, Forget, Lock, OnRequest, Rollback, Say
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.apply import Apply, Lost
 from claas_operator.jobs import owner_references
@@ -26,7 +26,7 @@ from claas_operator.metrics import Metrics
 from claas_operator.plan import plan
 from claas_operator.relist import relist, selectors
 from claas_operator.settings import Settings
-from claas_operator.snapshot import Kind, Request, Snapshot
+from claas_operator.snapshot import Entry, Kind, Snapshot
 from claas_operator.teacher import TeacherProbe
 
 log = logging.getLogger(__name__)
@@ -169,19 +169,24 @@ class Loop:
         task.add_done_callback(lambda done: self._done(action, done))
 
     async def _do(self, action: Action) -> None:
-        what = {"action": type(action).__name__, "object": action.about}
+        clock = asyncio.get_running_loop().time
+        what, started = {"action": type(action).__name__, "object": action.about} | _details(action), clock()
+
+        def told(more: dict[str, Any]) -> dict[str, Any]:
+            return what | more | {"ms": round((clock() - started) * 1000, 1)}
+
         try:
             await self._apply(action)
         except Lost as lost:
-            log.info("lost", extra=what | {"why": str(lost)})
+            log.info("lost", extra=told({"why": str(lost)}))
             self._cool(action, at_once=True)
         except FAILURES as error:
-            log.warning("failed", extra=what | {"error": describe(error)})
+            log.warning("failed", extra=told({"error": describe(error)}))
             self._cool(action, after=_retry_after(error))
         else:
             self._cooling.pop(action.key, None)
             self._metrics.done(action)
-            log.info("done", extra=what | _details(action))
+            log.info("done", extra=told({}))
 
     def _cool(self, action: Action, *, at_once: bool = False, after: float = 0.0) -> None:
         """Not the same object again at once: a first loss may be decided anew, for the snapshot has learnt from it."""
@@ -262,9 +267,13 @@ def _retry_after(error: BaseException) -> float:
 
 
 def _details(action: Action) -> dict[str, Any]:
-    """What is worth a place in the log line of a decision, besides its object. Never text: none is known."""
-    request = getattr(action, "request", None)
-    about = {"uid": request.uid} if isinstance(request, Request) else {}
+    """What is worth a place in the log line of a decision, besides its object. Never text: none is known.
+
+    `uid` is the request's wherever there is one, so that all lines about a request are found by it.
+    """
+    about_whom = (getattr(action, name, None) for name in ("request", "adapter", "pod", "job"))
+    uid = next((entry.uid for entry in about_whom if isinstance(entry, Entry)), "")
+    about = {"uid": uid} if uid else {}
     match action:
         case Bind():
             return about | {"worker": action.worker, "attempt": action.attempt}
@@ -274,6 +283,8 @@ def _details(action: Action) -> dict[str, Any]:
             return about | {"request": action.request.name, "heir": action.heir.name if action.heir else ""}
         case End():
             return about | {"reason": action.reason}
+        case OnRequest():
+            return about | {"reason": action.status.get("reason", ""), "state": action.status.get("state", "")}
         case Fence():
             return about | {"fault": action.fault.value}
         case Rollback():

@@ -53,6 +53,10 @@ MAX_PER_PLAN: Final = 64
 _LASTING: Final = (Reason.UNKNOWN_POOL, Reason.BASE_MODEL_MISMATCH, Reason.STORAGE_DENIED)
 
 _REASONS: Final = frozenset(Reason)
+# In a long queue every request waits for its adapter, then for a worker. Who was told of one of them is told of the
+# other so much later than of anything else: each such request would cost one more write.
+_PASSING: Final = frozenset({Reason.ADAPTER_BUSY, Reason.NO_CAPACITY})
+PASSING_FACTOR: Final = 10
 # Begins the message of a request that an outage of the teacher has delayed, until it is bound again.
 _TEACHER_IS_BACK: Final = "the teacher is back"
 
@@ -505,7 +509,9 @@ class _Planner:
         """It waits. Short waits are not worth a write."""
         known = Reason(reason) if reason in _REASONS else Reason.PENDING
         begun = max(request.created, since) if since else request.created
-        if not status.says(request, known, message) and self._due(begun + self._delay) and self._takes(Say):
+        in_passing = {request.says, known} <= _PASSING and message == describe(known)
+        delay = self._delay * (PASSING_FACTOR if in_passing else 1)
+        if not status.says(request, known, message) and self._due(begun + delay) and self._takes(Say):
             self.last.append(Say(request=request, status=status.pending(request, known, message, self.now)))
 
     def _takes(self, kind: type[Action]) -> bool:

@@ -36,6 +36,13 @@ def test_a_request_goes_through_and_the_head_moves_before_it_is_complete(stage: 
     assert set(status["timings"]) >= {"queueMs", "claimMs", "stepMs"}
     assert {c["type"]: c["status"] for c in head["conditions"]} == {"Updating": "False", "Ready": "True"}
 
+    uid = stage.api("GET", stage.request_path("r"))["metadata"]["uid"]
+    stage.wait("the last line", lambda: any(line.get("action") == "Complete" for line in stage.lines()))
+    decisions = {line["action"]: line for line in stage.lines() if line.get("uid") == uid and line["message"] == "done"}
+    assert {"Lock", "Bind", "Commit", "Complete"} <= decisions.keys()
+    assert all(line["ms"] > 0 for line in decisions.values())
+    assert decisions["Bind"]["worker"] == worker and decisions["Complete"]["state"] == "Complete"
+
 
 def test_a_warm_worker_has_a_request_at_once_and_each_costs_few_writes(
     stage: Stage, record_property: pytest.RecordProperty

@@ -106,6 +106,25 @@ def test_a_reason_is_written_once() -> None:
     assert not [a for a in decide(locked, old, told, *workers(WORKER), at=20).actions if a.about == "team/young"]
 
 
+def test_of_the_two_waits_of_a_long_queue_the_second_is_told_late() -> None:
+    """Every request behind others waits for its adapter, then for a worker: two writes each would be one too many."""
+    held, first = adapter(status={"active": active("first")}), request("first", status=bound(WORKER))
+    behind = request("r", created=later(1))
+    told = only(decide(held, first, behind, *workers(WORKER), at=4), Say)
+    assert isinstance(told, Say) and told.status["reason"] == Reason.ADAPTER_BUSY
+    has_it = adapter(status={"active": active("r", later(60))})
+    busy = request("r", created=later(1), status=told.status)
+    starting = (pod(WORKER, phase="Pending"), job("claas-l40s-1"))
+    assert not about(decide(has_it, busy, *starting, at=63), Say)
+    late = only(decide(has_it, busy, *starting, at=81), Say)
+    assert isinstance(late, Say) and late.status["reason"] == Reason.NO_CAPACITY
+    no_node = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no node"}
+    stuck = pod(WORKER, phase="Pending", status={"conditions": [no_node]})
+    soon = only(decide(has_it, busy, stuck, job("claas-l40s-1"), at=63), Say)
+    assert isinstance(soon, Say)
+    assert "Unschedulable" in condition(soon.status, "Assigned")["message"], "a wait without an end is told at once"
+
+
 def test_a_short_wait_is_not_written_and_is_looked_at_again() -> None:
     made = decide(adapter(head=0, status={"conditions": []}), request("r"), at=1)
     assert not about(made, Say)
