@@ -280,6 +280,7 @@ class Story:
     Attributes:
         writes: successful ones, by (who, resource with subresource, verb); who: users, operator, workers or others.
         write_times: of the writes to requests and adapters.
+        told: of these, the ones that only say what a request waits for, or that it runs; the protocol has none.
     """
 
     control_plane: ControlPlane
@@ -287,6 +288,7 @@ class Story:
     writes: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     refused: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
     write_times: list[float] = field(default_factory=list)
+    told: int = 0
     created: dict[str, float] = field(default_factory=dict)
     bound: dict[str, float] = field(default_factory=dict)
     complete: dict[str, float] = field(default_factory=dict)
@@ -329,6 +331,8 @@ class Story:
                 self.complete[name] = at
             elif status.get("state") in ("Failed", "Cancelled"):
                 self.failed[name] = status.get("reason", "")
+            else:
+                self.told += 1
 
     def by_kind(self) -> dict[str, int]:
         """The writes, for a record."""
@@ -434,6 +438,7 @@ async def load(control_plane: ControlPlane, release: Release, plan: Plan) -> Raw
         "writes": story.by_kind(),
         "refused": {" ".join(map(str, key)): count for key, count in sorted(story.refused.items())},
         "writes_per_request": story.on_objects() / plan.requests,
+        "told_per_request": story.told / plan.requests,
         "all_writes_per_request": story.all() / plan.requests,
         "writes_per_second": story.on_objects() / (last - first),
         "created_to_bound_seconds": _quantiles(waits),
