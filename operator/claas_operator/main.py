@@ -176,7 +176,8 @@ def handlers(process: Process) -> kopf.OperatorRegistry:
     """All of kopf's handlers."""
     registry = kopf.OperatorRegistry()
     kopf.on.login(registry=registry)(kopf.login_via_client)
-    kopf.on.startup(registry=registry)(process.start)
+    # By default it would be tried again in a minute, and again: a process that cannot start ends, and is seen.
+    kopf.on.startup(registry=registry, errors=kopf.ErrorsMode.PERMANENT)(process.start)
     kopf.on.cleanup(registry=registry)(process.clean_up)
 
     kopf.on.probe(registry=registry, id="loop")(process.alive)

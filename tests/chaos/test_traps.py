@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import httpx
 import kopf
 import pytest
 
+from chaos import forks
 from chaos.proxy import FOREVER
 from chaos.release import Release
 from claas_crds import names
@@ -36,6 +38,14 @@ def test_kopf_holds_no_slot_and_posts_nothing() -> None:
     ends = (tuned.watching.server_timeout, tuned.watching.client_timeout)
     assert ends == (300, 330), "a watch whose line is dead ends, too"
     assert tuned.persistence.diffbase_storage.build() == {}
+
+
+@pytest.mark.controlplane
+def test_an_operator_that_cannot_start_ends(release: Release, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.kubeconfig"
+    broken.write_text("{}")
+    process = forks.operator(tmp_path / "log", {"KUBECONFIG": str(broken)}, ["--config", str(release.config)])
+    assert process.wait(timeout=30) == 1
 
 
 @pytest.mark.controlplane
