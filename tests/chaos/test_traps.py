@@ -23,7 +23,7 @@ BACKLOG = 300
 
 def test_kopf_only_tells_what_it_sees() -> None:
     """No handler that diffs, no timer, no daemon, no index, no webhook: nothing that writes, and nothing per object."""
-    registry = handlers(Process(settings()))
+    registry = handlers(Process(settings(), None))
     assert list(registry._watching.get_all_handlers()), "the five kinds"
     for other in (registry._changing, registry._spawning, registry._indexing, registry._webhooks):
         assert not list(other.get_all_handlers())
