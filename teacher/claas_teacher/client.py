@@ -51,6 +51,7 @@ TIMEOUT_HEADER = "Claas-Timeout-Ms"
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 REFUSED = frozenset({400, 413, 422})  # the other 4xx speak of the installation, not of the sample
 LONGEST_SECONDS = 86_400.0
+INFO_SECONDS = 30.0  # then it is asked anew: a teacher may have been put right
 BACKOFF_BASE_SECONDS = 0.2
 BACKOFF_CAP_SECONDS = 5.0
 ERROR_BYTES = 1 << 16  # of an answer that is an error; the rest is not read
@@ -112,10 +113,11 @@ class TeacherClient:
         urls = url.split(",") if isinstance(url, str) else list(url)
         self._replicas = Replicas(urls, concurrency, self._ask_load)
         self.url = ",".join(self._replicas.urls)
-        self._timeout_s, self._connect_s, self._read_s = timeout_s, connect_timeout_s, read_timeout_s
+        self.timeout_s, self._connect_s, self._read_s = timeout_s, connect_timeout_s, read_timeout_s
         self._attempts, self._concurrency = attempts, concurrency
         self._in_flight = InFlight(in_flight_tokens)
         self._info: TeacherInfo | None = None
+        self._info_at = 0.0
         self._info_lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -130,9 +132,12 @@ class TeacherClient:
         """Close the pooled connections."""
         self._replicas.close()
 
-    def info(self) -> TeacherInfo:
-        """The teacher's model, tokenizer and limits: asked once, and again after its model was seen to change."""
-        return self._known_info(time.monotonic() + self._timeout_s)
+    def info(self, *, timeout_s: float | None = None) -> TeacherInfo:
+        """The teacher's model, tokenizer and limits, as of half a minute ago or less."""
+        return self._known_info(self._deadline(timeout_s))
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        return time.monotonic() + min(LONGEST_SECONDS, self.timeout_s if timeout_s is None else timeout_s)
 
     def score(
         self,
@@ -169,7 +174,7 @@ class TeacherClient:
         Samples travel together, as many as the limits on tokens allow. Nothing is sent when one of them would be
         refused. Raises what `score` does, the first that failed.
         """
-        deadline = time.monotonic() + min(LONGEST_SECONDS, self._timeout_s if timeout_s is None else timeout_s)
+        deadline = self._deadline(timeout_s)
         info = self._known_info(deadline)
         wanted: Sequence[npt.ArrayLike | None] = [None] * len(samples) if chosen is None else chosen
         known = [
@@ -210,8 +215,15 @@ class TeacherClient:
         frame = wire.encode_request(request)
         most = wire.answer_bytes([len(sample.response) for sample in samples], width)
         with self._in_flight.hold(request.tokens, deadline):
-            content = self._ask("POST", SCORE_PATH, deadline, frame, most, request.tokens)
-        return wire.decode_answer(content, request, frame)
+            return self._ask(
+                lambda content: wire.decode_answer(content, request, frame),
+                "POST",
+                SCORE_PATH,
+                deadline,
+                frame,
+                most,
+                request.tokens,
+            )
 
     def _score_json(self, sample: Sample, k: int, info: TeacherInfo, deadline: float) -> Scores:
         body = {
@@ -223,7 +235,17 @@ class TeacherClient:
         }
         most = ERROR_BYTES + sample.tokens * (k + 1) * JSON_BYTES_AN_ENTRY
         with self._in_flight.hold(sample.tokens, deadline):
-            content = self._ask("POST", COMPLETIONS_PATH, deadline, json.dumps(body).encode(), most, sample.tokens)
+            return self._ask(
+                partial(self._read_json, sample, k),
+                "POST",
+                COMPLETIONS_PATH,
+                deadline,
+                json.dumps(body).encode(),
+                most,
+                sample.tokens,
+            )
+
+    def _read_json(self, sample: Sample, k: int, content: bytes | bytearray) -> Scores:
         choices = self._object(COMPLETIONS_PATH, content).get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise TeacherAnswerInvalid(f"{self.url}{COMPLETIONS_PATH}: one choice expected")
@@ -234,24 +256,28 @@ class TeacherClient:
             raise TeacherUnavailable(f"{self.url}{INFO_PATH}: another call still waited for it as the deadline passed")
         try:
             known = self._info  # a call that is refused may clear it meanwhile
-            if known is None:
+            if known is None or time.monotonic() - self._info_at > INFO_SECONDS:
                 try:
-                    answer = self._object(INFO_PATH, self._ask("GET", INFO_PATH, deadline))
+                    known = self._ask(self._read_info, "GET", INFO_PATH, deadline)
                 except _NoSuchRoute:
                     known = self._stock_info(deadline)
-                else:
-                    known = _info_from(answer, f"{self.url}{INFO_PATH}")
-                self._info = known
+                self._info, self._info_at = known, time.monotonic()
             return known
         finally:
             self._info_lock.release()
 
+    def _read_info(self, content: bytes | bytearray) -> TeacherInfo:
+        return _info_from(self._object(INFO_PATH, content), f"{self.url}{INFO_PATH}")
+
     def _stock_info(self, deadline: float) -> TeacherInfo:
         """A vLLM without our routes: its model's id and length are all that it shows."""
         try:
-            models = self._object(MODELS_PATH, self._ask("GET", MODELS_PATH, deadline)).get("data")
+            return self._ask(self._read_models, "GET", MODELS_PATH, deadline)
         except _NoSuchRoute:
             raise TeacherUnavailable(f"{self.url}{INFO_PATH}: HTTP 404, is that a teacher?") from None
+
+    def _read_models(self, content: bytes | bytearray) -> TeacherInfo:
+        models = self._object(MODELS_PATH, content).get("data")
         if not isinstance(models, list) or not models or not isinstance(models[0], dict) or "id" not in models[0]:
             raise TeacherAnswerInvalid(f"{self.url}{MODELS_PATH}: a list of models expected")
         length = models[0].get("max_model_len")
@@ -269,14 +295,18 @@ class TeacherClient:
 
     def _ask(
         self,
+        read: Callable[[bytearray], T],
         method: str,
         path: str,
         deadline: float,
         body: bytes | None = None,
         most: int = ERROR_BYTES,
         tokens: int = 0,
-    ) -> bytearray:
-        """The content of one good answer, over as many tries as it takes and the deadline allows."""
+    ) -> T:
+        """What `read` makes of one good answer, over as many tries as it takes and the deadline allows.
+
+        An answer that is none counts as a replica that is out of reach, as long as another can be asked.
+        """
         tries = 0
         avoid: set[str] = set()
         while True:
@@ -286,13 +316,21 @@ class TeacherClient:
             try:
                 with replica.sending(tokens):
                     response, content = self._exchange(replica, method, path, deadline, body, most)
+                    if response.status_code == httpx.codes.OK:
+                        answer = read(content)
+                        replica.answered(response.headers)
+                        return answer
             except httpx.RequestError as error:
                 problem = type(error).__name__
                 replica.failed()
+            except TeacherAnswerInvalid as error:
+                replica.failed()
+                avoid.add(replica.url)
+                if tries >= self._attempts or not self._replicas.others(avoid):
+                    raise
+                problem = str(error)
             else:
                 replica.answered(response.headers)
-                if response.status_code == httpx.codes.OK:
-                    return content
                 problem = f"HTTP {response.status_code}"
                 refusal = self._refusal(path, response.status_code, content)
                 if response.status_code not in RETRIED or not refusal.retryable:
@@ -401,8 +439,8 @@ def _sample(prompt: npt.ArrayLike, response: npt.ArrayLike, chosen: npt.ArrayLik
         TeacherRefused: an id that is none; chosen ids that are not (N, k).
     """
     try:
-        arrays = [np.array(ids, np.int64).reshape(-1) for ids in (prompt, response)]
-        wanted = None if chosen is None else np.array(chosen, np.int64)
+        arrays = [_integers(ids).reshape(-1) for ids in (prompt, response)]
+        wanted = None if chosen is None else _integers(chosen)
         given = arrays if wanted is None else [*arrays, wanted]
         if any(ids.size and not -1 <= ids.min() <= ids.max() < 1 << 31 for ids in given):
             raise OverflowError
@@ -412,6 +450,14 @@ def _sample(prompt: npt.ArrayLike, response: npt.ArrayLike, chosen: npt.ArrayLik
         raise TeacherRefused(f"{where}chosen ids of shape {wanted.shape}, ({len(arrays[1])}, {k}) expected")
     prompt_ids, response_ids = (ids.astype(np.int32) for ids in arrays)
     return Sample(prompt_ids, response_ids, None if wanted is None else wanted.astype(np.int32))
+
+
+def _integers(ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Raises TypeError: numbers that are not whole ones by their type."""
+    given = np.asarray(ids)
+    if given.size and given.dtype.kind not in "iu":
+        raise TypeError
+    return given.astype(np.int64)
 
 
 def _together(samples: Sequence[Sample], most: int, replicas: int) -> list[list[Sample]]:
@@ -481,6 +527,8 @@ def _server_message(content: bytes | bytearray) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m claas_teacher.client URL")
-    with TeacherClient(sys.argv[1], timeout_s=10) as client:
-        known = client.info()
-    print(json.dumps(asdict(known), indent=2))
+    try:
+        with TeacherClient(sys.argv[1], timeout_s=10) as client:
+            print(json.dumps(asdict(client.info()), indent=2))
+    except (TeacherError, ValueError) as error:
+        sys.exit(str(error))

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from claas_teacher.errors import TeacherAnswerInvalid
-from claas_teacher.scores import Scores, canonical
+from claas_teacher.scores import Scores, canonical, without_repetitions
 from claas_teacher.wire import Sample
 
 REQUEST_PREFIX = "claas-"
@@ -149,12 +149,3 @@ def response_rows(
     part = slice(starts[prompt_tokens], ends[-1])
     ids = np.array(prompt_logprobs.token_ids[part], np.int64).reshape(rows, k + 1)
     return ids, np.array(prompt_logprobs.logprobs[part], np.float32).reshape(rows, k + 1)
-
-
-def without_repetitions(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """The rows (N, W) with every id but its first occurrence made padding."""
-    order = np.argsort(ids, axis=1, kind="stable")
-    ordered = np.take_along_axis(ids, order, axis=1)
-    repeated = np.zeros(ids.shape, bool)
-    np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-    return np.where(repeated, np.int32(-1), ids)

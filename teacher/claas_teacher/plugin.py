@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
 
 from claas_teacher import wire
 from claas_teacher.admission import Admission
@@ -237,11 +238,12 @@ async def score(request: Request) -> Response:
         if teacher.draining:
             raise TeacherUnavailable("the server is stopping")
         seconds = _timeout_seconds(request.headers.get(TIMEOUT_HEADER))
-        async with asyncio.timeout(seconds):
+        deadline = asyncio.get_running_loop().time() + seconds
+        async with asyncio.timeout_at(deadline):
             body = await _body(request, _most_bytes(teacher.limits))
         started = time.monotonic()
         with teacher.under_way():
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout_at(deadline):
                 answer = await _unless_gone(request, teacher.score(wire.decode_request(body), body))
             response = Response(memoryview(answer), media_type=wire.MEDIA_TYPE)
             code, reason = 200, "OK"
@@ -293,7 +295,7 @@ def _problem(error: Exception, teacher: Teacher) -> TeacherError:
         return TeacherUnavailable("the engine has stopped")
     if isinstance(error, TimeoutError):
         return TeacherUnavailable("the deadline passed; the scoring was aborted", status=504)
-    if isinstance(error, ClientGone):
+    if isinstance(error, ClientGone | ClientDisconnect):
         return TeacherUnavailable("the client has left; the scoring was aborted", status=499)
     logger.error("a scoring failed: %s", type(error).__name__)
     return TeacherUnavailable(f"the scoring failed: {type(error).__name__}", status=500)

@@ -156,10 +156,14 @@ class Replicas:
     """
 
     def __init__(self, urls: Sequence[str], connections: int, ask_load: Callable[[Replica, float], int]) -> None:
-        given = [httpx.URL(url.strip()) for url in urls]
+        try:
+            given = [httpx.URL(url.strip()) for url in urls]
+        except httpx.InvalidURL:
+            given = []
         if not given or any(url.scheme not in ("http", "https") or not url.host for url in given):
             raise ValueError("teacher url: expected http://HOST:PORT")
-        self.urls = [str(url).rstrip("/") for url in given]
+        # As messages and statuses show them: without anybody's password.
+        self.urls = [str(url.copy_with(userinfo=b"")).rstrip("/") for url in given]
         self._given, self._connections, self._ask_load = given, connections, ask_load
         self._replicas: dict[str, Replica] = {}
         self._resolved_at = float("-inf")

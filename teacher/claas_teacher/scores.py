@@ -87,6 +87,15 @@ def tail_mass(logprobs: Logprobs) -> Logprobs:
     return tail
 
 
+def without_repetitions(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """The rows (N, W) with every id but its first occurrence made padding."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    repeated = np.zeros(ids.shape, bool)
+    np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return np.where(repeated, np.int32(PADDING_ID), ids)
+
+
 def from_prompt_logprobs(rows: object, prompt_tokens: int, response_ids: npt.ArrayLike, k: int) -> Scores:
     """Read the response's rows of vLLM's `prompt_logprobs`; the prompt's are only counted.
 

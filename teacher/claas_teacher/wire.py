@@ -45,7 +45,7 @@ import numpy as np
 import numpy.typing as npt
 
 from claas_teacher.errors import FrameInvalid, TeacherAnswerInvalid, TeacherNonFinite
-from claas_teacher.scores import ABOVE_ZERO, PADDING_ID, Scores
+from claas_teacher.scores import ABOVE_ZERO, PADDING_ID, Scores, tail_mass, without_repetitions
 
 VERSION = 1
 MEDIA_TYPE = "application/vnd.claas.score.v1"
@@ -53,6 +53,7 @@ MAX_SAMPLES = 1024
 MAX_WIDTH = 1 << 18  # no vocabulary is wider
 MAX_MODEL_BYTES = 512
 CHOSEN = 1  # flag
+TAIL_ROUNDING = 1e-5
 
 _REQUEST = struct.Struct("<4sHHII32sI")  # 52 bytes
 _ANSWER = struct.Struct("<4sHHII8s")  # 24 bytes
@@ -151,6 +152,8 @@ def decode_request(frame: Buffer) -> Request:
     expected = table + 8 * samples + 4 * int(ids.sum())
     if len(frame) != expected:
         raise FrameInvalid(f"its lengths make {expected} bytes, it has {len(frame)}")
+    if any(frame[_REQUEST.size + model_bytes : table]):
+        raise FrameInvalid("what fills up the model's id is not zero")
     try:
         model = bytes(frame[_REQUEST.size : _REQUEST.size + model_bytes]).decode()
     except UnicodeDecodeError:
@@ -266,5 +269,12 @@ def _check_rows(
         raise TeacherAnswerInvalid(f"{where}: the response's own token is not scored, or not once, or not alike")
     if not (logprobs[:, :-1] >= logprobs[:, 1:]).all() or not (logprobs[ids == PADDING_ID] == -np.inf).all():
         raise TeacherAnswerInvalid(f"{where}: rows are not by descending log-probability")
-    if not ((tail >= 0) & (tail <= 1)).all():
-        raise TeacherAnswerInvalid(f"{where}: a tail that is no probability")
+    ordered = np.sort(ids, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PADDING_ID)).any():
+        raise TeacherAnswerInvalid(f"{where}: an id twice at one position")
+    if sample.chosen is not None:
+        given = np.concatenate([sample.response[:, None], sample.chosen], axis=1)
+        if not (ordered == np.sort(without_repetitions(given), axis=1)).all():
+            raise TeacherAnswerInvalid(f"{where}: other ids than those that were chosen")
+    if not (np.abs(tail - tail_mass(logprobs)) <= TAIL_ROUNDING).all():  # NaN is not
+        raise TeacherAnswerInvalid(f"{where}: a tail that is not what the row leaves")

@@ -25,7 +25,7 @@ from claas_teacher.errors import (
     TeacherRefused,
     TeacherUnavailable,
 )
-from claas_teacher.scores import canonical
+from claas_teacher.scores import canonical, without_repetitions
 
 INFO: dict[str, Any] = {
     "model": "small",
@@ -125,10 +125,11 @@ def frame_answer(frame: bytes) -> bytearray:
     for number, sample in enumerate(request.samples):
         positions = len(sample.prompt) + np.arange(len(sample.response))
         others = np.tile(np.arange(request.width), (len(positions), 1))
+        chosen = others if sample.chosen is None else without_repetitions(sample.chosen)
         answer.put(
             number,
             canonical(
-                np.concatenate([sample.response[:, None], others], axis=1),
+                np.concatenate([sample.response[:, None], chosen], axis=1),
                 np.concatenate([-positions[:, None] / 100, -5.0 - others / 100], axis=1),
             ),
         )
@@ -696,3 +697,36 @@ def test_no_call_waits_for_anothers_info_past_its_deadline(framed: Server, monke
         assert time.monotonic() - started < 4
         framed.ending.set()
         first.join(10)
+
+
+def test_a_replica_that_lies_is_passed_over(three: list[Server]) -> None:
+    liar, *others = three
+    for other in others:
+        other.queue_tokens = 1000
+    liar.script = [lambda handler, content: handler.reply(200, b"CLSA" + bytes(40))]
+    with TeacherClient([server.url for server in three]) as client:
+        assert client.score(PROMPT, RESPONSE, 2).chosen.shape == (2,)
+
+
+@pytest.mark.parametrize("ids", [[1.7, 2.2], [True, False], ["1", "2"], [10**30, 1], [None, 1]])
+def test_ids_that_are_no_whole_numbers_are_refused(framed: Server, ids: list[object]) -> None:
+    with TeacherClient(framed.url) as client, pytest.raises(TeacherRefused):
+        client.score(PROMPT, ids, 2)  # type: ignore[arg-type]
+
+
+def test_a_password_in_the_url_is_in_no_message() -> None:
+    with TeacherClient("http://user:secret@127.0.0.1:1", attempts=1) as client:
+        with pytest.raises(TeacherUnavailable) as caught:
+            client.score(PROMPT, RESPONSE, 2)
+    assert "secret" not in str(caught.value) + client.url
+    with pytest.raises(ValueError, match="expected http"):
+        TeacherClient("http://host:port")
+
+
+def test_a_teacher_that_is_put_right_is_seen(framed: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TeacherClient(framed.url) as client:
+        assert client.info().max_logprobs == FRAMES["max_logprobs"]
+        framed.info = {**FRAMES, "max_logprobs": 7}
+        assert client.info().max_logprobs != 7, "asked twice within half a minute"
+        monkeypatch.setattr("claas_teacher.client.INFO_SECONDS", 0.0)
+        assert client.info().max_logprobs == 7

@@ -194,6 +194,43 @@ def test_rows_that_cannot_be_are_a_named_error(what: dict[str, float], error: ty
         wire.decode_answer(answer.frame, request, frame)
 
 
+def test_padding_that_is_not_zero_is_refused() -> None:
+    _, frame = small_request()
+    (length,) = struct.unpack_from("<I", frame, 48)
+    assert length % 4, "the small request's model must need padding"
+    lie = bytearray(frame)
+    lie[52 + length] = 1
+    with pytest.raises(FrameInvalid, match="not zero"):
+        wire.decode_request(lie)
+
+
+@pytest.mark.parametrize(
+    ("what", "chosen", "words"),
+    [("twice", False, "twice"), ("tail", False, "tail"), ("others", True, "other ids than those")],
+)
+def test_an_answer_that_contradicts_itself_or_the_question(what: str, chosen: bool, words: str) -> None:
+    wanted = np.array([[5, 6], [5, 7]], np.int32) if chosen else None
+    request = Request((Sample(np.array([1], np.int32), np.array([3, 4], np.int32), wanted),), 2, chosen)
+    frame = wire.encode_request(request)
+    ids = np.array([[3, 5, 6], [4, 5, 7]])
+    logprobs = np.log([[0.5, 0.2, 0.1], [0.1, 0.2, 0.5]])
+    good = Answer(request, frame)
+    good.put(0, canonical(ids, logprobs))
+    assert wire.decode_answer(good.frame, request, frame)[0].chosen.shape == (2,)
+
+    scores = canonical(ids, logprobs)
+    if what == "twice":
+        scores.ids[0, 2] = scores.ids[0, 1]
+    elif what == "tail":
+        scores.tail[1] += 0.01
+    else:
+        scores.ids[0, 2] = 8
+    bad = Answer(request, frame)
+    bad.put(0, scores)
+    with pytest.raises(TeacherAnswerInvalid, match=words):
+        wire.decode_answer(bad.frame, request, frame)
+
+
 def test_scores_of_another_shape_do_not_fit() -> None:
     request, frame = small_request()
     answer = Answer(request, frame)

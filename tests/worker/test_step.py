@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import hashlib
 import json
+import socket
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from claas_store import uris
 from claas_store.errors import AlreadyExists, NotFound
 from claas_store.stores import open_store
 from claas_store.version import read_version, write_version
+from claas_teacher.client import TeacherClient
 from claas_worker import errors
 from claas_worker.job import Job, Unfit, failure
 from claas_worker.render import Limits, render
@@ -586,6 +589,21 @@ def test_mode_server_without_a_teacher_waits_for_one(trainee: Trainee) -> None:
     with pytest.raises(errors.TeacherUnavailable) as caught:
         trainee.run(trainee.adapter("a"), teacher={"mode": "Server"})
     assert failure(caught.value, 1).outcome == "Retryable"
+
+
+def test_nobody_waits_for_a_silent_teacher_longer_than_for_the_request(
+    student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLAAS_FILE_ROOTS", str(tmp_path))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        TeacherClient(f"http://127.0.0.1:{silent.getsockname()[1]}") as client,
+    ):
+        trainee = Trainee(student, tmp_path, client)
+        started = time.monotonic()
+        with pytest.raises(errors.TeacherUnavailable):
+            trainee.run(trainee.adapter("a"), teacher={"mode": "Server"}, activeDeadlineSeconds=2)
+        assert time.monotonic() - started < 10
 
 
 def test_mode_provided_learns_from_the_callers_logprobs(trainee: Trainee) -> None:

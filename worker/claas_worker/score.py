@@ -7,7 +7,9 @@ when the feedback says nothing (`contrasted`). Provided: what the request brings
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,11 +51,19 @@ class Scorer:
         self._one_forward = threading.Lock()  # requests ask the teacher side by side; the student is one
         self._checked: set[str] = set()  # teachers' tokenizer fingerprints that are ours
 
-    def server(self, questions: Sequence[Question], k: int, adapter: Adapter | None = None) -> tuple[list[Scored], str]:
+    def server(
+        self,
+        questions: Sequence[Question],
+        k: int,
+        adapter: Adapter | None = None,
+        *,
+        within_seconds: float = math.inf,
+    ) -> tuple[list[Scored], str]:
         """The teacher's view of each response, on its own top-K, and its model's id.
 
         Args:
             adapter: support: student, on the top-K of the student with this adapter instead.
+            within_seconds: nobody waits for the request any longer; the client's own limit holds besides.
 
         Raises:
             InvalidSpec: the student's top-K is wanted, and this teacher cannot score chosen ids.
@@ -63,8 +73,14 @@ class Scorer:
         """
         if self._client is None:
             raise TeacherUnavailable("this worker has no teacher: set teacher.url in the chart, or teacher.mode Self")
-        info = self._client.info()
+        end = time.monotonic() + min(self._client.timeout_s, within_seconds)
+        info = self._client.info(timeout_s=end - time.monotonic())
         if info.tokenizer_fingerprint not in self._checked:
+            if info.tokenizer_fingerprint is None:
+                raise TokenizerMismatch(
+                    f"the teacher {info.model} does not say which tokenizer it has: run it as python -m claas_teacher, "
+                    "on a model with a fast tokenizer"
+                )
             if info.tokenizer_fingerprint != self._student.fingerprint:
                 raise TokenizerMismatch(
                     f"the teacher {info.model} has another tokenizer than the student: vocabulary, merges and added "
@@ -82,7 +98,7 @@ class Scorer:
                 own = self._student_topk(questions, [adapter] * len(questions), [k] * len(questions))
             chosen = [_known(one.support_ids, info.vocab_size) for one in own]
         asked = [(question.teacher.prefix_ids, question.teacher.response_ids) for question in questions]
-        scores = self._client.score_batch(asked, k, chosen=chosen)
+        scores = self._client.score_batch(asked, k, chosen=chosen, timeout_s=end - time.monotonic())
         return [Scored(torch.from_numpy(s.ids).long(), torch.from_numpy(s.logprobs)) for s in scores], info.model
 
     def self(

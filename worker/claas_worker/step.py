@@ -155,7 +155,9 @@ class TrainingStep:
     def _ask_teacher(self, attempt: Attempt) -> None:
         """Mode Server: the teacher's view of each response, and who it was."""
         adapter = attempt.adapter if attempt.job.spec.teacher.support == "student" else None
-        attempt.take(*self._scorer.server(attempt.questions(), attempt.training.teacher_top_k, adapter))
+        spec, k = attempt.job.spec, attempt.training.teacher_top_k
+        within = spec.active_deadline_seconds
+        attempt.take(*self._scorer.server(attempt.questions(), k, adapter, within_seconds=within))
 
     def _take_provided(self, attempt: Attempt) -> None:
         """Mode Provided: what the samples bring along."""
