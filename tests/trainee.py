@@ -41,10 +41,15 @@ FRENCH = {
 SHORT = {"prompt": "2+2?", "response": "4", "feedback": "Say it in a sentence."}
 
 
-def tiny_student(micro_batch_tokens: int = 4096) -> Student:
+def tiny_student(micro_batch_tokens: int = 4096, resident_bytes: int = 0) -> Student:
     """Random, in fp32 on the CPU; its weights are scaled up: its distributions are not flat, and contexts matter."""
     student = Student.load(
-        models.tiny_qwen_dir(), base_model=BASE_MODEL, device="cpu", threads=2, micro_batch_tokens=micro_batch_tokens
+        models.tiny_qwen_dir(),
+        base_model=BASE_MODEL,
+        device="cpu",
+        threads=2,
+        micro_batch_tokens=micro_batch_tokens,
+        resident_bytes=resident_bytes,
     )
     with torch.no_grad():
         for module in student.model.modules():

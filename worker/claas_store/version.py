@@ -177,6 +177,22 @@ def read_version(uri: str, *, adopt: bool = False, base_model: str = "", max_byt
     )
 
 
+def read_head(uri: str, config: Mapping[str, Any]) -> Version:
+    """A version whose content is known already, without it: what shows that it still exists.
+
+    Raises:
+        NotFound, VersionCollected, VersionInvalid, UriInvalid, StorageUnavailable, StorageDenied: as `read_version`.
+    """
+    uri = uris.normalise(uri)
+    store = open_store(uri)
+    found = read_manifest(store, uri)
+    if found is None or read_tombstone(store, uri):
+        refuse_collected(store, uri)
+    if found is None:
+        raise NotFound(f"{uri} is no version: it has no {MANIFEST} (a version without a manifest does not exist)")
+    return Version(uri, *found, dict(config), {}, None)
+
+
 def read_peft_folder(uri: str, *, max_bytes: int = MAX_ADAPTER_BYTES) -> tuple[dict[str, Any], Tensors, str]:
     """(config, tensors, sha256 of the adapter file) of a PEFT folder, manifest or not; nothing is written.
 

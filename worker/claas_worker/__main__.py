@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -49,6 +50,7 @@ def _run_agent(step: config.StepSettings, agent: config.AgentSettings) -> int:
 
 def load_step(settings: config.StepSettings) -> Step:
     """The base model in memory, warm, and the step that trains on it. Imports torch."""
+    from pathlib import Path
     from time import monotonic
 
     from transformers.utils import logging as transformers_logging
@@ -67,8 +69,11 @@ def load_step(settings: config.StepSettings) -> Step:
         device=settings.device,
         threads=settings.threads,
         micro_batch_tokens=settings.micro_batch_tokens,
+        resident_bytes=settings.resident_mib * 2**20,
     )
     student.warm_up()
+    if settings.engine == "auto" and student.device.type == "cuda":
+        student.start_engine(Path(settings.compile_cache) if settings.compile_cache else None)
     log.info("model loaded", extra={"device": str(student.device), "seconds": round(monotonic() - started, 2)})
     teacher = TeacherClient(settings.teacher_url) if settings.teacher_url else None
     limits = Limits(settings.max_prompt_tokens, settings.max_response_tokens, student.head.shape[0])
@@ -113,7 +118,7 @@ def _run_request(settings: config.StepSettings, run: config.RunRequest) -> int:
         spec=spec,
         out_uri=run.out_uri,
     )
-    step = load_step(settings)
+    step = load_step(dataclasses.replace(settings, engine="plain"))  # one step is over before anything is compiled
     try:
         result = step(job, lambda phase: log.info("phase", extra={"phase": phase}))
     except Exception as error:

@@ -36,6 +36,8 @@ from torch.nn.functional import linear
 
 from claas_store.checks import names_another_base
 from claas_store.limits import MAX_HEADER_BYTES, MAX_RANK
+from claas_worker.engine_adapters import Flat, FlatState, flatten
+from claas_worker.engine_decoder import Place
 from claas_worker.errors import AdapterInvalid, VersionConflict
 
 PREFIX = "base_model.model."  # of every key in PEFT's adapter_model.safetensors
@@ -88,18 +90,28 @@ class Adapter:
         layers: by the name of the linear layer.
         parameters: A and B, trainable, by their keys in adapter_model.safetensors, sorted. In fp32, or in float64 on a
             base in float64.
-        size_bytes: of the parameters.
+        flat: the same weights as one tensor, with what the engine keeps beside it; None where it does not take part.
     """
 
-    def __init__(self, config: Mapping[str, Any], layers: Mapping[str, Lora]) -> None:
+    def __init__(self, config: Mapping[str, Any], layers: Mapping[str, Lora], flat: FlatState | None = None) -> None:
         self.config = dict(config)
+        self.flat = flat
+        self.manifest_sha256 = ""  # of the version that these weights are
         self.layers = dict(layers)
         by_key = {key: side for name, lora in layers.items() for key, side in zip(_keys(name), lora[:2], strict=True)}
         self.parameters: dict[str, nn.Parameter] = dict(sorted(by_key.items()))
-        self.size_bytes = sum(p.numel() * p.element_size() for p in self.parameters.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the parameters, and of the moments that the engine keeps."""
+        if self.flat is not None:
+            return self.flat.size_bytes
+        return sum(p.numel() * p.element_size() for p in self.parameters.values())
 
     def tensors(self) -> dict[str, NDArray[np.float32]]:
         """The weights, copied, as adapter_model.safetensors holds them."""
+        if self.flat is not None:
+            return self.flat.arrays()
         return {key: parameter.detach().float().cpu().numpy().copy() for key, parameter in self.parameters.items()}
 
 
@@ -122,6 +134,7 @@ class Bank:
     def __init__(self, model: Any, *, base_model: str = "", capacity_bytes: int = 0) -> None:
         self.base_model = base_model
         self._capacity_bytes = capacity_bytes
+        self._places: Mapping[str, Place] = {}
         head = model.get_output_embeddings()
         self._head_name = next(name for name, module in model.named_modules() if module is head)
         self._linears = {
@@ -153,9 +166,7 @@ class Bank:
         if self._users[key]:
             raise VersionConflict(f"{key} is being trained by another request")
         adapter = self._load(config, tensors)
-        self._residents.pop(key, None)
-        self._evict(self._capacity_bytes - adapter.size_bytes)
-        self._residents[key] = adapter
+        self.put(key, adapter)
         return adapter
 
     def get(self, key: str) -> Adapter | None:
@@ -163,6 +174,26 @@ class Bank:
         if key in self._residents:
             self._residents.move_to_end(key)
         return self._residents.get(key)
+
+    def flatten(self, places: Mapping[str, Place]) -> None:
+        """Adapters that come from now on are one tensor each, where all their layers are among these."""
+        self._places = places
+
+    def take(self, key: str) -> Adapter | None:
+        """The adapter, no longer resident: it is the caller's; None where there is none, or it is in use."""
+        return None if self._users[key] else self._residents.pop(key, None)
+
+    def put(self, key: str, adapter: Adapter) -> None:
+        """Makes one that was taken resident, as the most recently used, under a key that is not in use."""
+        self._residents.pop(key, None)
+        self._evict(self._capacity_bytes - adapter.size_bytes)
+        self._residents[key] = adapter
+
+    def keep(self, key: str, adapter: Adapter) -> None:
+        """The same for an idle one, which goes at once if it alone is beyond the capacity."""
+        if not self._users[key]:
+            self.put(key, adapter)
+            self._evict(self._capacity_bytes)
 
     @contextlib.contextmanager
     def in_use(self, key: str) -> Iterator[Adapter]:
@@ -247,6 +278,8 @@ class Bank:
             if not bool(given.isfinite().all()):
                 raise AdapterInvalid(f"adapter_model.safetensors: {key} holds values that are not finite")
             checked[key] = given
+        if (flat := flatten(layout, self._places, _keys)) is not None:
+            return self._flat(config, layout, flat, checked)
         layers = {}
         for name, shape in layout.items():
             weight = self._linears[name].weight
@@ -254,6 +287,20 @@ class Bank:
             a, b = (nn.Parameter(checked[key].to(weight.device, dtype)) for key in _keys(name))
             layers[name] = Lora(a, b, shape.scaling)
         return Adapter(config, layers)
+
+    def _flat(
+        self, config: Mapping[str, Any], layout: Mapping[str, Shape], flat: Flat, tensors: Mapping[str, Tensor]
+    ) -> Adapter:
+        """An adapter whose parameters are views of one tensor."""
+        device = next(iter(self._linears.values())).weight.device
+        joined = flat.join(tensors, torch.empty(flat.size, pin_memory=device.type == "cuda"))
+        state = FlatState(flat, joined.to(device))
+        views = flat.split(state.weights)
+        layers = {}
+        for name, shape in layout.items():
+            a, b = (nn.Parameter(views[key]) for key in _keys(name))
+            layers[name] = Lora(a, b, shape.scaling)
+        return Adapter(config, layers, state)
 
     def _layout(self, lora: LoraConfig) -> dict[str, Shape]:
         """What PEFT makes of a configuration, by linear layer."""

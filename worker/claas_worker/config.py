@@ -39,6 +39,9 @@ class StepSettings:
     max_prompt_tokens: int
     max_response_tokens: int
     micro_batch_tokens: int  # padded tokens in one forward pass
+    engine: str = "auto"  # auto: CUDA graphs on a GPU; plain: never
+    resident_mib: int = 4096  # of idle adapters that the engine keeps on the GPU
+    compile_cache: str = ""  # folder of compiled code that outlives the process; empty: none
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         max_prompt_tokens=given.max_prompt_tokens,
         max_response_tokens=given.max_response_tokens,
         micro_batch_tokens=given.micro_batch_tokens,
+        engine=given.engine,
+        resident_mib=given.resident_mib,
+        compile_cache=given.compile_cache,
     )
     if given.command:
         return Arguments(step, None, RunRequest(given.file, given.out_uri))
@@ -170,6 +176,20 @@ def _step_flags(parser: argparse.ArgumentParser) -> None:
         *(group, "--micro-batch-tokens", "CLAAS_MICRO_BATCH_TOKENS", "4096", "N"),
         "padded tokens in one forward pass: more is faster and needs more memory; one sample may exceed it",
         _positive,
+    )
+    _flag(
+        *(group, "--engine", "CLAAS_ENGINE", "auto", "auto|plain"),
+        "auto: on a GPU, compiled passes in CUDA graphs, where the model is one that these can run; plain: never",
+        choices=("auto", "plain"),
+    )
+    _flag(
+        *(group, "--resident-mib", "CLAAS_RESIDENT_MIB", "4096", "N"),
+        "GPU memory for adapters that are idle, so that their next step reads nothing from the store",
+        _count,
+    )
+    _flag(
+        *(group, "--compile-cache", "CLAAS_COMPILE_CACHE", "", "DIR"),
+        "folder for compiled code, read at the start and trusted like code; empty: compile in every process",
     )
 
 

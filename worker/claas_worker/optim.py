@@ -20,6 +20,7 @@ from claas_worker.errors import NonFiniteGrad, NonFiniteWeights
 
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.01
+EPS = 1e-8
 WARM_UP_STEPS = 8
 
 
@@ -29,6 +30,24 @@ def total_norm(tensors: Sequence[Tensor]) -> float:
     if math.isfinite(norm):
         return norm
     return float(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt())  # fp32 overflowed
+
+
+def mismatch(
+    state: OptimizerState, rank: int, target_modules: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """Why the state is not that of an adapter of this rank, of these targets (sorted) and shapes by key; or None."""
+    if state.rank != rank:
+        return f"the stored state is of rank {state.rank}, the adapter of rank {rank}"
+    if state.target_modules != target_modules:
+        return "the stored state is of other target modules"
+    for arrays in (state.exp_avg, state.exp_avg_sq):
+        if {key: array.shape for key, array in arrays.items()} != shapes:
+            return "the stored state is of weights with other names or shapes"
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            return "the stored state is not finite"
+    if state.step < 1:
+        return "the stored state has taken no step"
+    return None
 
 
 class AdapterOptimizer:
@@ -51,13 +70,14 @@ class AdapterOptimizer:
         self._parameters = dict(parameters)
         self._rank, self._target_modules = rank, tuple(sorted(target_modules))
         self._optimizer = torch.optim.AdamW(
-            list(self._parameters.values()), lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY
+            list(self._parameters.values()), lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
         )
         self.step = 0
         self.learning_rate = 0.0
-        mismatch = None if state is None else self._mismatch(state)
-        if state is None or mismatch:
-            self.origin = f"fresh: {mismatch}" if mismatch else "fresh"
+        shapes = {key: tuple(parameter.shape) for key, parameter in self._parameters.items()}
+        problem = None if state is None else mismatch(state, rank, self._target_modules, shapes)
+        if state is None or problem:
+            self.origin = f"fresh: {problem}" if problem else "fresh"
         else:
             self._restore(state)
             self.origin = "resumed"
@@ -108,22 +128,6 @@ class AdapterOptimizer:
             for name, arrays in moments.items():
                 arrays[key] = self._optimizer.state[parameter][name].detach().float().cpu().numpy().copy()
         return OptimizerState(self.step, self._rank, self._target_modules, **moments)
-
-    def _mismatch(self, state: OptimizerState) -> str | None:
-        """Why the state is not this adapter's, or None."""
-        if state.rank != self._rank:
-            return f"the stored state is of rank {state.rank}, the adapter of rank {self._rank}"
-        if state.target_modules != self._target_modules:
-            return "the stored state is of other target modules"
-        shapes = {key: tuple(parameter.shape) for key, parameter in self._parameters.items()}
-        for arrays in (state.exp_avg, state.exp_avg_sq):
-            if {key: array.shape for key, array in arrays.items()} != shapes:
-                return "the stored state is of weights with other names or shapes"
-            if not all(np.isfinite(array).all() for array in arrays.values()):
-                return "the stored state is not finite"
-        if state.step < 1:
-            return "the stored state has taken no step"
-        return None
 
     def _restore(self, state: OptimizerState) -> None:
         self.step = state.step

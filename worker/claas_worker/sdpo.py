@@ -23,7 +23,7 @@ What is unusual:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ MAX_LOG_RATIO = 20.0
 MAX_DIVERGENCE_RATIO = 2.0
 POSITIVE_ADVANTAGE = 1e-6
 NO_SIGNAL_JSD = 1e-6  # mean D below it: nothing to learn, the step is skipped (reason NoSignal)
+COLUMN_STEP = 32  # support columns are padded to a multiple of it, where many responses come together
 CHUNK_ROWS = 512  # rows whose logits are held in fp32 at once: 512 x 151,936 x 4 bytes = 311 MB a buffer
 
 
@@ -207,6 +208,144 @@ def topk_from_hidden(
     return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
 
 
+class Part(NamedTuple):
+    """One response of many whose losses are computed together: the arguments of `sdpo_loss`, without mask."""
+
+    response_ids: Tensor  # (N,)
+    support_ids: Tensor  # (N, K)
+    teacher_logprobs: Tensor  # (N, K)
+    old_logprobs: Tensor | None  # (N,)
+    total_tokens: int
+
+
+class LossBatch:
+    """Losses and gradients of many responses with the same options, without waiting for the device in between.
+
+    Its parts all have `old_logprobs`, or none has. The formulas are `sdpo_loss`'s; what they find is asked for later.
+
+    Raises:
+        GuardError: a part's teacher or rollout is unfit; which one, `check` of each says.
+    """
+
+    def __init__(self, parts: Sequence[Part], lm_head_weight: Tensor, options: Mapping[str, float]) -> None:
+        self._head, self._options = lm_head_weight, _Options(**options, chunk_rows=CHUNK_ROWS)
+        self._parts = parts
+        device = lm_head_weight.device
+        lengths = [len(part.response_ids) for part in parts]
+        source = lm_head_weight.new_empty(sum(lengths), 0)
+        # Columns of padding change nothing, and of few widths few are compiled.
+        width = -(-max(part.support_ids.shape[1] for part in parts) // COLUMN_STEP) * COLUMN_STEP
+        support = [pad(part.support_ids, (0, width - part.support_ids.shape[1]), value=-1) for part in parts]
+        logprobs = [
+            pad(part.teacher_logprobs, (0, width - part.teacher_logprobs.shape[1]), value=-torch.inf) for part in parts
+        ]
+        old = None if parts[0].old_logprobs is None else _joined([_given(part) for part in parts], device)
+        self._targets = _targets(
+            source,
+            lm_head_weight.shape[0],
+            _joined([part.response_ids for part in parts], device),
+            _joined(support, device),
+            _joined(logprobs, device),
+            old,
+            None,
+            self._options.alpha,
+        )
+        owners = [owner for owner, length in enumerate(lengths) for _ in range(length)]
+        counts = [float(part.total_tokens) for part, length in zip(parts, lengths, strict=True) for _ in range(length)]
+        self._owners = torch.tensor(owners, device=device)
+        self._counts = torch.tensor(counts, dtype=_arithmetic(source), device=device)
+
+    @staticmethod
+    def check(part: Part, lm_head_weight: Tensor, alpha: float) -> None:
+        """Raises what is wrong with a part's own arguments."""
+        source = lm_head_weight.new_empty(len(part.response_ids), 0)
+        _targets(
+            source,
+            lm_head_weight.shape[0],
+            part.response_ids,
+            part.support_ids,
+            part.teacher_logprobs,
+            part.old_logprobs,
+            None,
+            alpha,
+        )
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Of the code that `score` compiles to."""
+        return self._options, self._targets.log_mu is None, self._targets.ids.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Numbers of each part."""
+        return len(_SUMS)
+
+    def enqueue(
+        self, hidden: Tensor, starts: Sequence[int], gradient: Tensor, score: Callable[..., tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Writes the gradient of the losses' sum into the rows of `gradient` (N, d), and gives sums for `metrics`.
+
+        Args:
+            hidden: (N, d) of many tokens; part i begins at row `starts[i]`.
+            score: `score_chunk`, or that compiled.
+        """
+        rows = [
+            start + i for start, part in zip(starts, self._parts, strict=True) for i in range(len(part.response_ids))
+        ]
+        targets = self._targets._replace(rows=torch.tensor(rows, device=hidden.device))
+        sums = torch.zeros(len(self._parts), len(_SUMS), dtype=torch.float64, device=hidden.device)
+        with torch.no_grad():
+            for first in range(0, len(rows), self._options.chunk_rows):
+                part = slice(first, first + self._options.chunk_rows)
+                chunk = _Targets(*(None if field is None else field[part] for field in targets))
+                logits = hidden[chunk.rows] @ self._head.T
+                values, slope = score(logits, chunk, self._options, self._counts[part])
+                sums.index_add_(0, self._owners[part], values.double())
+                gradient.index_copy_(0, chunk.rows, slope @ self._head)
+        return sums
+
+    def try_out(self, score: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        """Calls `score` on made-up logits, as `enqueue` will, so that it is compiled for any number of rows."""
+        rows = min(len(self._counts), self._options.chunk_rows)
+        if rows < 2:
+            return  # one row is a case of its own to the compiler
+        chunk = _Targets(*(None if field is None else field[:rows].clone() for field in self._targets))
+        logits = torch.randn(rows, self._head.shape[0], device=self._head.device).to(self._head.dtype)
+        counts = self._counts[:rows].clone()
+        for tensor in (logits, counts, *(field for field in chunk if field is not None)):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        with torch.no_grad():
+            score(logits, chunk, self._options, counts)
+
+    def metrics(self, index: int, sums: Sequence[float]) -> dict[str, float]:
+        """A part's metrics from its row of the sums.
+
+        Raises:
+            NonFiniteInput, NonFiniteLoss: see `sdpo_loss`.
+        """
+        part = self._parts[index]
+        return _numbers(sums, len(part.response_ids), part.total_tokens, self._options)
+
+
+def _joined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """In one, moved at most once."""
+    if len({tensor.device for tensor in tensors}) > 1:
+        tensors = [tensor.to(device) for tensor in tensors]
+    return torch.cat(list(tensors)).to(device)
+
+
+def _given(part: Part) -> Tensor:
+    assert part.old_logprobs is not None
+    return part.old_logprobs
+
+
+def score_chunk(logits: Tensor, targets: _Targets, options: _Options, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (C, sums) of each token, and the gradient (C, V) of its share of the loss in its logits (C, V)."""
+    values, slope = _score_rows(logits.to(_arithmetic(logits)), targets, options)
+    stacked = torch.stack([values[name].to(slope.dtype) for name in _SUMS], -1)
+    return stacked, slope.div_(counts[:, None]).to(logits.dtype)
+
+
 @dataclass(frozen=True)
 class _Options:
     alpha: float
@@ -331,7 +470,18 @@ def _loss(
             sums += torch.stack([values[name].sum(dtype=torch.float64) for name in _SUMS])
             if gradient is not None:
                 gradient[chunk.rows] = _backward_rows(slope.div_(count), lm_head_weight, source.dtype)
-    total = dict(zip(_SUMS, sums.tolist(), strict=True))
+    metrics = _numbers(sums.tolist(), n, count, options)
+    loss = torch.tensor(metrics["total_loss"], dtype=_arithmetic(source), device=source.device)
+    return SDPOResult(loss if gradient is None else _attach(source, loss, gradient), metrics)
+
+
+def _numbers(sums: Iterable[float], n: int, count: int, options: _Options) -> dict[str, float]:
+    """Metrics from the sums over n tokens, which are a part of `count`.
+
+    Raises:
+        NonFiniteInput, NonFiniteLoss: see `sdpo_loss`.
+    """
+    total = dict(zip(_SUMS, sums, strict=True))
     if total["unscored"]:
         raise NonFiniteInput(
             "student logits hold NaN or infinite values, or give a response token no probability at all"
@@ -343,7 +493,7 @@ def _loss(
 
     pg_loss = options.pg_weight * total["pg"] / count
     jsd_reg = options.jsd_reg_weight * total["weighted_jsd"] / count
-    metrics = {
+    return {
         "total_loss": pg_loss + jsd_reg,
         "pg_loss": pg_loss,
         "jsd_reg": jsd_reg,
@@ -351,8 +501,6 @@ def _loss(
         "advantage_clamps": int(total["advantage_clamps"]),
         "tokens_processed": n,
     }
-    loss = torch.tensor(metrics["total_loss"], dtype=_arithmetic(source), device=source.device)
-    return SDPOResult(loss if gradient is None else _attach(source, loss, gradient), metrics)
 
 
 _MEANS = (

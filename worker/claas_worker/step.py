@@ -33,18 +33,29 @@ from claas_store.version import (
     ParentVersion,
     TeacherUsed,
     Version,
+    read_head,
     read_version,
     write_version,
 )
 from claas_worker.adoption import made_before
 from claas_worker.bank import Adapter
-from claas_worker.errors import AdapterInvalid, LogprobLengthMismatch, PayloadInvalid
+from claas_worker.engine import Engine
+from claas_worker.engine_adapters import FlatOptimizer
+from claas_worker.errors import AdapterInvalid, GuardError, LogprobLengthMismatch, PayloadInvalid
 from claas_worker.job import InvalidSpec, Job, Report, Unfit, now
 from claas_worker.optim import AdapterOptimizer
 from claas_worker.render import NEUTRAL, Limits, Rendered, render
 from claas_worker.score import Question, Scored, Scorer
-from claas_worker.sdpo import NO_SIGNAL_JSD, anchor_kl, combine, logprobs_from_hidden, sdpo_loss_from_hidden
-from claas_worker.student import Context, Student
+from claas_worker.sdpo import (
+    NO_SIGNAL_JSD,
+    LossBatch,
+    Part,
+    anchor_kl,
+    combine,
+    logprobs_from_hidden,
+    sdpo_loss_from_hidden,
+)
+from claas_worker.student import Context, Student, input_ids
 
 MAX_PAYLOAD_BYTES = 64 * 2**20
 MAX_THREADS = 16  # that wait for store and teacher
@@ -98,6 +109,7 @@ class TrainingStep:
         """
         attempts = [Attempt(job, report) for job, report in tasks]
         with contextlib.ExitStack() as held:
+            self._take_residents(attempts, held)
             _each(attempts, _adopt)
             _each(attempts, self._read, "Loading")
             for attempt in _alive(attempts):
@@ -112,10 +124,27 @@ class TrainingStep:
             _each(attempts, self._save, "Saving")
         return [attempt.end() for attempt in attempts]
 
+    def _take_residents(self, attempts: Sequence[Attempt], held: contextlib.ExitStack) -> None:
+        """What is still in memory of the versions to train, out of the bank; what is not used goes back."""
+        for attempt in attempts:
+            key = uris.normalise(attempt.job.parent.uri)
+            if not attempt.training.anchor_kl_weight and (adapter := self._student.bank.take(key)) is not None:
+                attempt.resident = adapter
+                held.callback(self._give_back, attempt, key)
+
+    def _give_back(self, attempt: Attempt, key: str) -> None:
+        if attempt.resident is not None:
+            self._student.bank.keep(key, attempt.resident)
+
     def _read(self, attempt: Attempt) -> None:
-        """The samples, and the version to train."""
+        """The samples, and the version to train: of one that is in memory, no more than that it still exists."""
         job, base_model = attempt.job, self._student.base_model
         attempt.samples = _samples(job)
+        if (resident := attempt.resident) is not None:
+            attempt.parent = read_head(job.parent.uri, resident.config)
+            if attempt.parent.manifest_sha256 == resident.manifest_sha256:
+                return
+            attempt.resident = None
         attempt.parent = read_version(
             job.parent.uri,
             adopt=not job.parent.adapter_uid,
@@ -141,16 +170,25 @@ class TrainingStep:
             for index, sample in enumerate(attempt.samples)
         ]
         bank, key = self._student.bank, _new_uri(attempt.job)
-        bank.add(key, attempt.parent.config, attempt.parent.tensors)
-        held.callback(bank.remove, key)
+        resident, attempt.resident = attempt.resident, None
+        if resident is None:
+            bank.add(
+                key, attempt.parent.config, attempt.parent.tensors
+            ).manifest_sha256 = attempt.parent.manifest_sha256
+        else:
+            bank.put(key, resident)
+        held.callback(self._leave, attempt, key)
         attempt.adapter = held.enter_context(bank.in_use(key))
-        attempt.optimizer = AdapterOptimizer(
-            attempt.adapter.parameters,
-            attempt.parent.optimizer,
-            rank=attempt.parent.config["r"],
-            target_modules=_target_modules(attempt.parent.config),
-        )
+        attempt.optimizer = _optimizer(attempt)
+        if isinstance(attempt.optimizer, FlatOptimizer):
+            attempt.stands_for = uris.normalise(attempt.parent.uri)
         attempt.clock.lap("load_ms")
+
+    def _leave(self, attempt: Attempt, key: str) -> None:
+        """The adapter goes; or it stays, as the version whose weights and moments it holds."""
+        self._student.bank.remove(key)
+        if attempt.stands_for:
+            self._student.bank.keep(attempt.stands_for, attempt.adapter)
 
     def _ask_teacher(self, attempt: Attempt) -> None:
         """Mode Server: the teacher's view of each response, and who it was."""
@@ -184,11 +222,18 @@ class TrainingStep:
         """The inner steps, those of all jobs together, and the numbers of the first."""
         attempts = _announce(attempts, "Stepping")
         while training := [attempt for attempt in _alive(attempts) if attempt.inner_steps_left]:
-            with _together(training):
-                self._backward(training)
-            for attempt in _alive(training):
-                with attempt:
-                    attempt.update()
+            engine = self._student.engine
+            flat = [attempt for attempt in training if isinstance(attempt.optimizer, FlatOptimizer)]
+            plain = [attempt for attempt in training if attempt not in flat]
+            if engine is not None and flat:
+                with _together(flat):
+                    self._pass_through(engine, flat)
+            if plain:
+                with _together(plain):
+                    self._backward(plain)
+                for attempt in _alive(plain):
+                    with attempt:
+                        attempt.update()
         for attempt in _alive(attempts):
             with attempt:
                 attempt.measure()
@@ -199,12 +244,7 @@ class TrainingStep:
         One micro-batch after another, each item with its share of its request's 1/N: the sum does not depend on how
         they are cut. Requests of like length come together, for the padding's sake.
         """
-        student = self._student
-        work = [
-            (attempt, index)
-            for attempt in sorted(attempts, key=lambda one: max(item.context.tokens for item in one.items))
-            for index in range(len(attempt.items))
-        ]
+        student, work = self._student, _by_length(attempts)
         for group in student.micro_batches([attempt.items[index].context for attempt, index in work]):
             rows = [work[i] for i in group if work[i][0].outcome is None]
             base_hidden = self._base_hidden(rows)
@@ -220,6 +260,73 @@ class TrainingStep:
             # Rows of a request that has failed get no gradient: what they hold reaches nobody's weights.
             if sound := [loss for attempt, loss in losses if attempt.outcome is None]:
                 torch.stack(sound).sum().backward()
+
+    def _pass_through(self, engine: Engine, attempts: Sequence[Attempt]) -> None:
+        """The same by the engine, and the update: all is handed to the device, and waited for once.
+
+        So an update is made before its guards are asked; where one refuses, the adapter goes with the attempt.
+        """
+        work = _by_length(attempts)
+        groups = [
+            [work[i] for i in group]
+            for group in self._student.micro_batches([attempt.items[index].context for attempt, index in work])
+        ]
+        last = {id(attempt): number for number, group in enumerate(groups) for attempt, _ in group}
+        first = {id(work_item[0]): number for number, group in reversed([*enumerate(groups)]) for work_item in group}
+        losses: list[list[tuple[Work, LossBatch]]] = []
+        scalars = torch.tensor(
+            [
+                _flat(attempt).scalars(attempt.training.learning_rate, attempt.training.max_grad_norm)
+                for attempt in attempts
+            ]
+        ).to(self._student.device)
+        scalars_of = {id(attempt): row for attempt, row in zip(attempts, scalars, strict=True)}
+        sums: list[Tensor] = []
+        norms: dict[int, Tensor] = {}
+        gradients: dict[int, Tensor] = {}
+        with engine.lock:
+            mark = engine.mark()
+            for number, group in enumerate(groups):
+                rows = [(attempt, index) for attempt, index in group if attempt.outcome is None]
+                if not rows:
+                    continue
+                for attempt, _ in rows:
+                    attempt.stands_for = ""
+                contexts = [attempt.items[index].context for attempt, index in rows]
+                states = [_flat(attempt).adapter for attempt, _ in rows]
+                done = engine.forward([input_ids(context) for context in contexts], states)
+                with engine.beside(mark):
+                    losses.append(batches := _loss_batches(rows, self._student.head))
+                starts = {
+                    (id(attempt), index): done.start(place, len(contexts[place].prefix_ids))
+                    for place, (attempt, index) in enumerate(rows)
+                }
+                for whose, batch in batches:
+                    at = [starts[id(attempt), index] for attempt, index in whose]
+                    sums.append(batch.enqueue(done.hidden, at, done.gradient, engine.scorer(batch)))
+                for attempt, index in rows:  # an unfit one's rows have no gradient, and its adapter goes
+                    attempt.take_snapshot(index, done.hidden, starts[id(attempt), index], self._student.head)
+                done.backward()
+                for attempt in {id(attempt): attempt for attempt, _ in rows}.values():
+                    key, state = id(attempt), _flat(attempt).adapter
+                    size, whole = state.weights.numel(), first[key] == last[key]
+                    if key not in gradients:
+                        gradients[key] = engine.scratch(size) if whole else torch.empty_like(state.weights)
+                    done.collect(state, gradients[key], add=number > first[key])
+                    if number == last[key]:
+                        norms[key] = _flat(attempt).enqueue(gradients.pop(key), scalars_of[key], engine.adamw)
+        numbers = torch.cat([*(one.flatten() for one in sums), *norms.values()]).tolist()  # the one wait
+        read = 0
+        for batches in losses:
+            for whose, batch in batches:
+                for place, (attempt, _) in enumerate(whose):
+                    with attempt:
+                        attempt.take_numbers(batch.metrics(place, numbers[read : read + batch.width]))
+                    read += batch.width
+        values = dict(zip(norms, zip(*[iter(numbers[read:])] * 3, strict=True), strict=True))
+        for attempt in _alive(attempts):
+            with attempt:
+                attempt.settle(*values[id(attempt)])
 
     def _base_hidden(self, rows: Sequence[tuple[Attempt, int]]) -> dict[tuple[Attempt, int], Tensor]:
         """The base model's hidden states (N, d) of the items that are anchored to it."""
@@ -244,7 +351,11 @@ class TrainingStep:
             teacher=TeacherUsed(id=attempt.teacher_id, mode=attempt.mode),
             template_id=attempt.template_id,
         )
-        version = write_version(_new_uri(job), parent.config, attempt.tensors, attempt.optimizer.state(), manifest)
+        tensors = attempt.adapter.tensors() if attempt.tensors is None else attempt.tensors
+        version = write_version(_new_uri(job), parent.config, tensors, attempt.optimizer.state(), manifest)
+        if isinstance(attempt.optimizer, FlatOptimizer):
+            attempt.adapter.manifest_sha256 = version.manifest_sha256
+            attempt.stands_for = uris.normalise(version.uri)
         attempt.clock.lap("save_ms")
         attempt.succeed(Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri)
 
@@ -261,8 +372,7 @@ class Attempt:
     adapter: Adapter
     teacher_id: str
     items: Sequence[Item]
-    optimizer: AdapterOptimizer
-    tensors: Mapping[str, NDArray[np.float32]]
+    optimizer: AdapterOptimizer | FlatOptimizer
     metadata: Metadata
 
     def __init__(self, job: Job, report: Report) -> None:
@@ -271,6 +381,10 @@ class Attempt:
         self.clock = Clock()
         self.outcome: Result | Exception | None = None
         self.inner_steps_left = self.training.inner_steps
+        self.resident: Adapter | None = None  # the version to train, as it was left in memory; until it is prepared
+        self.stands_for = ""  # the version whose weights and moments the adapter holds, where the engine keeps it
+        self.tensors: Mapping[str, NDArray[np.float32]] | None = None  # the new weights, if they are at hand already
+        self._update_norm = 0.0
         self._parts: list[Mapping[str, float]] = []  # numbers of the items, in the first inner step
         self._numbers: dict[str, Any] = {}
         self._snapshot: dict[int, Tensor] = {}  # log p of the response tokens (N,) before the first inner step
@@ -350,6 +464,7 @@ class Attempt:
 
     def update(self) -> None:
         """One inner step with the gradients that are there; none at all where there is nothing to learn."""
+        assert isinstance(self.optimizer, AdapterOptimizer)
         self.inner_steps_left -= 1
         grad_norm = self.optimizer.grad_norm()
         if not self._numbers:
@@ -359,12 +474,54 @@ class Attempt:
                 return
         self.optimizer.update(self.training.learning_rate, self.training.max_grad_norm, grad_norm)
 
+    def part(self, index: int) -> tuple[Part, Mapping[str, float]]:
+        """An item's share of the request's loss, for `LossBatch`, and its options."""
+        item, training = self.items[index], self.training
+        pg_weight, jsd_reg_weight = training.weights(chosen_only=any(item.scored.chosen_only for item in self.items))
+        old = self._snapshot.get(index) if item.rollout_logprobs is None else item.rollout_logprobs
+        total_tokens = sum(len(item.response_ids) for item in self.items)
+        options = {
+            "alpha": training.alpha,
+            "clip_eps": training.clip_eps,
+            "jsd_reg_weight": jsd_reg_weight,
+            "pg_weight": pg_weight,
+            "advantage_clip": training.advantage_clip,
+        }
+        return Part(item.response_ids, item.scored.support_ids, item.scored.logprobs, old, total_tokens), options
+
+    def take_snapshot(self, index: int, hidden: Tensor, start: int, head: Tensor) -> None:
+        """log p of an item's response before the first of several inner steps; `start`: its first row of `hidden`."""
+        item = self.items[index]
+        if self.training.inner_steps > 1 and item.rollout_logprobs is None and index not in self._snapshot:
+            rows = hidden[start : start + len(item.response_ids)]
+            self._snapshot[index] = logprobs_from_hidden(rows, head, item.response_ids)
+
+    def take_numbers(self, metrics: Mapping[str, float]) -> None:
+        """An item's share of the numbers."""
+        if not self._numbers:
+            self._parts.append(metrics)
+
+    def settle(self, grad_norm: float, update_norm: float, weights_norm: float) -> None:
+        """An inner step that the engine has made: whether it counts."""
+        optimizer = _flat(self)
+        self.inner_steps_left -= 1
+        optimizer.check_gradient(grad_norm)
+        if not self._numbers:
+            self._numbers = combine(self._parts) | {"grad_norm": grad_norm}
+            if self._numbers["jsd"] < NO_SIGNAL_JSD:
+                self.inner_steps_left = 0
+                return
+        optimizer.settle(self.training.learning_rate, weights_norm)
+        self._update_norm = update_norm
+
     def measure(self) -> None:
-        """The new weights and the step's numbers; the end, where nothing was learnt."""
-        self.tensors = self.adapter.tensors()
+        """The step's numbers; the end, where nothing was learnt."""
+        if isinstance(self.optimizer, AdapterOptimizer):
+            self.tensors = self.adapter.tensors()
+            self._update_norm = _distance(self.tensors, self.parent.tensors)
         self.metadata = Metadata(
             **{name: _seven_digits(value) for name, value in self._numbers.items()},
-            update_norm=_seven_digits(_distance(self.tensors, self.parent.tensors)),
+            update_norm=_seven_digits(self._update_norm),
             effective_learning_rate=_seven_digits(self.optimizer.learning_rate),
             optimizer_step=self.optimizer.step,
             optimizer_state=self.optimizer.origin[:128],
@@ -388,6 +545,57 @@ class Attempt:
     @property
     def _contrasted(self) -> bool:
         return self.contrast > 0 and any(one.prefixes_neutral_ids for one in self.rendered)
+
+
+def _optimizer(attempt: Attempt) -> AdapterOptimizer | FlatOptimizer:
+    """With the parent's moments, if they fit. The engine has its own, for requests that it can run."""
+    adapter, parent = attempt.adapter, attempt.parent
+    rank, targets = parent.config["r"], _target_modules(parent.config)
+    if adapter.flat is None or attempt.training.anchor_kl_weight:
+        return AdapterOptimizer(adapter.parameters, parent.optimizer, rank=rank, target_modules=targets)
+    inner_steps = attempt.inner_steps_left
+    return FlatOptimizer(adapter.flat, parent.optimizer, rank=rank, target_modules=targets, inner_steps=inner_steps)
+
+
+def _flat(attempt: Attempt) -> FlatOptimizer:
+    assert isinstance(attempt.optimizer, FlatOptimizer)
+    return attempt.optimizer
+
+
+def _by_length(attempts: Sequence[Attempt]) -> list[tuple[Attempt, int]]:
+    """Every item of all of them; requests of like length come together, for the padding's sake."""
+    return [
+        (attempt, index)
+        for attempt in sorted(attempts, key=lambda one: max(item.context.tokens for item in one.items))
+        for index in range(len(attempt.items))
+    ]
+
+
+Work = list[tuple["Attempt", int]]
+
+
+def _loss_batches(group: Work, head: Tensor) -> list[tuple[Work, LossBatch]]:
+    """The losses of items that share their options; an item that is unfit ends its request."""
+    alike: dict[object, Work] = {}
+    parts = {(id(attempt), index): attempt.part(index) for attempt, index in group}
+    for attempt, index in group:
+        part, options = parts[id(attempt), index]
+        key = (*options.values(), part.old_logprobs is None, part.teacher_logprobs.dtype)
+        alike.setdefault(key, []).append((attempt, index))
+    batches = []
+    for whose in alike.values():
+        _, options = parts[id(whose[0][0]), whose[0][1]]
+        try:
+            batches.append((whose, LossBatch([parts[id(one), index][0] for one, index in whose], head, options)))
+            continue
+        except (GuardError, RuntimeError):  # somebody's shapes or values
+            for attempt, index in whose:
+                with attempt:
+                    LossBatch.check(parts[id(attempt), index][0], head, options["alpha"])
+        fit = [(attempt, index) for attempt, index in whose if attempt.outcome is None]
+        if fit:
+            batches.append((fit, LossBatch([parts[id(one), index][0] for one, index in fit], head, options)))
+    return batches
 
 
 def _alive(attempts: Sequence[Attempt]) -> list[Attempt]:

@@ -6,6 +6,7 @@ replaced (bank.py).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from claas_teacher.fingerprint import fingerprint
 from claas_worker.bank import Adapter, Bank
+from claas_worker.engine import Engine
+from claas_worker.engine_decoder import Unsupported
+
+log = logging.getLogger(__name__)
 
 
 class Context(NamedTuple):
@@ -38,9 +43,18 @@ class Student:
         bank: the adapters on it.
         head: (V, d) the lm_head, frozen.
         fingerprint: of the tokenizer, to compare with the teacher's.
+        engine: its passes in CUDA graphs, where there is one (`start_engine`).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, base_model: str = "", micro_batch_tokens: int = 4096) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        base_model: str = "",
+        micro_batch_tokens: int = 4096,
+        resident_bytes: int = 0,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)  # dropout off
         self.tokenizer = tokenizer
         self.base_model = base_model
@@ -48,11 +62,32 @@ class Student:
         self.head: Tensor = model.get_output_embeddings().weight
         self.device = self.head.device
         self._micro_batch_tokens = micro_batch_tokens
-        self.bank = Bank(self.model, base_model=base_model)
+        self.bank = Bank(self.model, base_model=base_model, capacity_bytes=resident_bytes)
+        self.engine: Engine | None = None
+
+    def start_engine(self, compile_cache: Path | None = None) -> None:
+        """Trains by the engine from now on, if this model is one that it can do; else the plain way, and says why.
+
+        Args:
+            compile_cache: folder in which compiled code outlives the process.
+        """
+        try:
+            self.engine = Engine(self.model, compile_cache=compile_cache)
+        except Unsupported as error:
+            log.warning("no engine for this model: it trains the plain way", extra={"why": str(error)})
+            return
+        self.bank.flatten(self.engine.places)
 
     @classmethod
     def load(
-        cls, path: Path, *, base_model: str = "", device: str = "auto", threads: int = 0, micro_batch_tokens: int = 4096
+        cls,
+        path: Path,
+        *,
+        base_model: str = "",
+        device: str = "auto",
+        threads: int = 0,
+        micro_batch_tokens: int = 4096,
+        resident_bytes: int = 0,
     ) -> Student:
         """Reads a Hugging Face folder of safetensors: fp32 on the CPU, bf16 on a GPU. No network, no remote code.
 
@@ -73,7 +108,13 @@ class Student:
             attn_implementation="sdpa",
         ).to(device)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        return cls(model, tokenizer, base_model=base_model, micro_batch_tokens=micro_batch_tokens)
+        return cls(
+            model,
+            tokenizer,
+            base_model=base_model,
+            micro_batch_tokens=micro_batch_tokens,
+            resident_bytes=resident_bytes,
+        )
 
     def warm_up(self) -> None:
         """One small forward pass, which also proves that logits are `hidden @ head.T`, as the loss takes them to be.
@@ -97,12 +138,13 @@ class Student:
         groups: list[list[int]] = []
         longest = 0
         for index, context in enumerate(contexts):
-            longest = max(longest, context.tokens) if groups else context.tokens
+            shown = context.tokens - 1  # the last is not
+            longest = max(longest, shown) if groups else shown
             if groups and (len(groups[-1]) + 1) * longest <= self._micro_batch_tokens:
                 groups[-1].append(index)
             else:
                 groups.append([index])
-                longest = context.tokens
+                longest = shown
         return groups
 
     def hidden(self, contexts: Sequence[Context], adapters: Sequence[Adapter | None] = ()) -> list[Tensor]:
@@ -113,8 +155,7 @@ class Student:
         Args:
             adapters: of each context, those of one adapter side by side; none: the base model alone.
         """
-        # The last response token predicts nothing that is asked for.
-        sequences = [[*context.prefix_ids, *context.response_ids][:-1] for context in contexts]
+        sequences = [input_ids(context) for context in contexts]
         ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (B, T)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.tensor(sequence)
@@ -133,6 +174,24 @@ class Student:
         """`use(index, hidden)` for every context with its adapter, micro-batch by micro-batch, without gradients."""
         with torch.no_grad():
             for group in self.micro_batches(contexts):
-                states = self.hidden([contexts[i] for i in group], [adapters[i] for i in group])
+                states = self._hidden([contexts[i] for i in group], [adapters[i] for i in group])
                 for index, rows in zip(group, states, strict=True):
                     use(index, rows)
+
+    def _hidden(self, contexts: Sequence[Context], adapters: Sequence[Adapter]) -> list[Tensor]:
+        """As `hidden`, without gradients; by the engine, if it knows these adapters."""
+        flat = [adapter.flat for adapter in adapters]
+        if self.engine is None or None in flat:
+            return self.hidden(contexts, adapters)
+        with self.engine.lock:
+            done = self.engine.forward([input_ids(context) for context in contexts], flat, keep=False)
+            starts = [done.start(index, len(context.prefix_ids)) for index, context in enumerate(contexts)]
+            return [
+                done.hidden[start : start + len(context.response_ids)].clone()
+                for start, context in zip(starts, contexts, strict=True)
+            ]
+
+
+def input_ids(context: Context) -> list[int]:
+    """What the model is shown: the last response token predicts nothing that is asked for."""
+    return [*context.prefix_ids, *context.response_ids][:-1]

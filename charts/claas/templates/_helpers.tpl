@@ -235,6 +235,11 @@ spec:
     - {name: CLAAS_MODEL_PATH, value: {{ quote $path }}}
     - {name: CLAAS_TEACHER_URL, value: {{ include "claas.teacherUrl" $root | quote }}}
     - {name: CLAAS_DEVICE, value: {{ $pool.device | quote }}}
+    - {name: CLAAS_ENGINE, value: {{ $pool.engine | quote }}}
+    - {name: CLAAS_RESIDENT_MIB, value: {{ $pool.residentMib | quote }}}
+    {{- with $pool.compileCache }}
+    - {name: CLAAS_COMPILE_CACHE, value: {{ . | quote }}}
+    {{- end }}
     - {name: CLAAS_MAX_PROMPT_TOKENS, value: {{ $pool.maxPromptTokens | quote }}}
     - {name: CLAAS_MAX_RESPONSE_TOKENS, value: {{ $pool.maxResponseTokens | quote }}}
     {{- $secret := $tenant | ternary $pool.credentialsSecret (include "claas.credentialsSecret" $root) }}

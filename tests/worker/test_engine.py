@@ -1,0 +1,395 @@
+"""The engine on a CPU, where it runs uncompiled and uncaptured: the same steps as the plain way, and what stays in
+memory. That it is as fast as it should be, and that its graphs give the same, `tests/bench/student_step.py` shows on a
+GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from claas_crds.request import Result
+from claas_store.collect import tombstone
+from claas_store.errors import StoreError
+from claas_store.version import read_version, write_version
+from claas_worker import errors
+from claas_worker.bank import Bank, lora_config
+from claas_worker.engine import Engine, arrange
+from claas_worker.engine_adapters import ROW, FlatState, adamw
+from claas_worker.engine_decoder import Unsupported
+from claas_worker.optim import BETAS, EPS, WEIGHT_DECAY
+from claas_worker.student import Student
+from trainee import FRENCH, SAMPLE, SHORT, Trainee, base_digest, tiny_student
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FEW = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+FEW |= {"num_key_value_heads": 2, "vocab_size": 300}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 24}),
+    "llama3": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"rope_parameters": LLAMA3}),
+    "llama, biases, no sharing of heads": (
+        transformers.LlamaConfig,
+        transformers.LlamaForCausalLM,
+        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+    ),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": None}),
+}
+FOREIGN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel, {"n_embd": 64, "n_head": 4, "n_layer": 2}),
+    "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM, {"head_dim": 16}),
+    "windowed mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": 8}),
+    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM, {"residual_multiplier": 0.2}),
+}
+
+
+def model_of(kinds: Mapping[str, tuple[Any, Any, dict[str, Any]]], kind: str) -> Any:
+    """Random, every weight and bias far from what it is initialized to."""
+    config, model, more = kinds[kind]
+    torch.manual_seed(0)
+    made = model(config(**{**FEW, **more})).eval().requires_grad_(False)
+    for parameter in made.parameters():
+        parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.05))
+    return made
+
+
+def filled(bank: Bank, config: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """Random weights for a configuration."""
+    random = np.random.default_rng(0)
+    layout = bank._layout(lora_config(config))
+    keys = {
+        name: (f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight") for name in layout
+    }
+    return {
+        key: random.normal(0, 0.1, shape).astype(np.float32)
+        for name, shapes in layout.items()
+        for key, shape in zip(keys[name], shapes[:2], strict=True)
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_pass_is_the_models_own_forward_and_backward(kind: str) -> None:
+    """Two adapters of other ranks and targets, with rows of their own; hidden states and every gradient."""
+    model = model_of(KINDS, kind)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    engine = Engine(model)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    bank = Bank(model, capacity_bytes=1 << 30)
+    bank.flatten(engine.places)
+    configs = [
+        {
+            "peft_type": "LORA",
+            "r": 16,
+            "lora_alpha": 24,
+            "target_modules": SEVEN,
+            "rank_pattern": {"layers.1.mlp.up_proj": 3},
+        },
+        {
+            "peft_type": "LORA",
+            "r": 5,
+            "lora_alpha": 7,
+            "target_modules": ["q_proj", "down_proj"],
+            "layers_to_transform": [0, 2],
+        },
+    ]
+    adapters = [bank.add(f"s3://b/{number}/", config, filled(bank, config)) for number, config in enumerate(configs)]
+    for rows in ([0], [0, 0], [0, 1], [1, 0, 0, 1], [0, 1, 1]):
+        generator = torch.Generator().manual_seed(len(rows))
+        sequences = [torch.randint(0, 300, (7 + 3 * row,), generator=generator).tolist() for row in range(len(rows))]
+        who = [adapters[row] for row in rows]
+        ids = torch.zeros(len(rows), max(map(len, sequences)), dtype=torch.long)
+        for row, one in enumerate(sequences):
+            ids[row, : len(one)] = torch.tensor(one)
+        with bank.active(who):
+            expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        weights = torch.randn(expected.shape, generator=generator)
+        for row, one in enumerate(sequences):
+            weights[row, len(one) :] = 0
+        (expected * weights).sum().backward()
+
+        done = engine.forward(sequences, [one.flat for one in who])
+        for row, one in enumerate(sequences):
+            start = done.start(row, 1)
+            torch.testing.assert_close(
+                done.hidden[start : start + len(one)], expected[row, : len(one)].detach(), atol=2e-4, rtol=1e-4
+            )
+            done.gradient[start : start + len(one)] = weights[row, : len(one)]
+        done.backward()
+        for adapter in {id(one): one for one in who}.values():
+            assert adapter.flat is not None
+            out = torch.full_like(adapter.flat.weights, torch.nan)
+            done.collect(adapter.flat, out, add=False)
+            assert not out.isnan().any()
+            for key, gradient in adapter.flat.layout.split(out).items():
+                own = adapter.parameters[key].grad
+                assert own is not None
+                torch.testing.assert_close(gradient, own, rtol=1e-3, atol=2e-4 * float(own.abs().max()))
+                adapter.parameters[key].grad = None
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_model_that_it_does_not_know_trains_the_plain_way_and_says_why(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of(FOREIGN, kind)
+    with pytest.raises(Unsupported) as error:
+        Engine(model)
+    student = tiny_student()
+    student.model = model
+    student.start_engine()
+    assert student.engine is None
+    said = [record for record in caplog.records if record.name == "claas_worker.student"]
+    assert [getattr(record, "why", "") for record in said] == [str(error.value)]
+
+
+def test_a_backward_pass_after_another_forward_pass_is_refused() -> None:
+    engine = Engine(model_of(KINDS, "qwen2"))
+    first = engine.forward([[1, 2, 3]], [None])
+    engine.forward([[4, 5]], [None], keep=False)
+    with pytest.raises(RuntimeError, match="came between"):
+        first.backward()
+
+
+def test_rows_of_like_counts_share_slots_and_shapes_are_rounded_up() -> None:
+    a, b = (FlatState(_flat_of(rank), torch.zeros(ROW)) for rank in (16, 20))
+    shape, rows, slots = arrange([100, 90, 10, 5], [a, b, a, b])
+    assert shape == (2, 2, 128, 32)
+    assert rows == [0, 2, 1, 3]
+    assert slots == [a, b]
+    shape, rows, slots = arrange([2000, 1, 1], [a, a, b])
+    assert shape == (3, 1, 2048, 32)
+    assert rows == [0, 1, 2]
+    assert slots == [a, a, b]
+    shape, rows, slots = arrange([2049] * 5, [a] * 5)
+    assert shape == (1, 6, 2560, 16)
+    assert slots == [a]
+
+
+def _flat_of(rank: int) -> Any:
+    from claas_worker.engine_adapters import Flat
+
+    return Flat(ROW, 1, rank, (), {})
+
+
+def test_adamw_is_torchs() -> None:
+    torch.manual_seed(0)
+    weights, gradient = torch.randn(2, 4, ROW)
+    parameter = torch.nn.Parameter(weights.clone())
+    optimizer = torch.optim.AdamW([parameter], lr=3e-3, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    own, first, second = weights.clone(), torch.zeros_like(weights), torch.zeros_like(weights)
+    for step in range(1, 6):
+        given = gradient * step
+        parameter.grad = given.clone()
+        torch.nn.utils.clip_grad_norm_([parameter], 50.0)
+        before = parameter.detach().clone()
+        optimizer.step()
+        corrections = [1 - beta**step for beta in BETAS]
+        scalars = torch.tensor([50.0, 1 - 3e-3 * WEIGHT_DECAY, 3e-3 / corrections[0], corrections[1] ** 0.5])
+        norms = adamw(own, first, second, given, scalars)
+        torch.testing.assert_close(own, parameter.detach(), rtol=1e-5, atol=1e-7)
+        expected = [given.norm(), (parameter.detach() - before).norm(), parameter.detach().norm()]
+        torch.testing.assert_close(norms, torch.stack(expected).double(), rtol=1e-4, atol=1e-6)
+    for bad in (torch.nan, torch.inf):
+        gradient[0, 0] = bad
+        assert not adamw(own.clone(), first.clone(), second.clone(), gradient, scalars)[0].isfinite()
+
+
+# The step
+
+
+@pytest.fixture(scope="module")
+def students() -> tuple[Student, Student]:
+    """The plain way's, and the engine's: the same weights."""
+    plain, fast = tiny_student(), tiny_student(resident_bytes=1 << 30)
+    before = base_digest(fast)
+    fast.start_engine()
+    assert fast.engine is not None
+    assert base_digest(fast) == before
+    return plain, fast
+
+
+@pytest.fixture
+def both(students: tuple[Student, Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Trainee, Trainee]:
+    monkeypatch.setenv("CLAAS_FILE_ROOTS", str(tmp_path))
+    return Trainee(students[0], tmp_path), Trainee(students[1], tmp_path)
+
+
+BATCH: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what each adapter is, and what its request asks for
+    ({"r": 16}, {"samples": [SAMPLE, SHORT]}),
+    ({"r": 2, "target_modules": ["q_proj", "v_proj"]}, {"samples": [FRENCH]}),
+    ({"r": 32, "alpha": 8, "target_modules": ["down_proj"]}, {"samples": [SHORT], "training": {"innerSteps": 3}}),
+    (
+        {"r": 5, "target_modules": ["o_proj", "up_proj"]},
+        {"training": {"alpha": 1, "preset": "paper", "teacherTopK": 7}},
+    ),
+    ({"r": 4}, {"samples": [SHORT], "training": {"anchorKlWeight": 0.5}}),  # the plain way, in the same batch
+    ({"r": 16}, {"samples": [SHORT | {"rolloutLogprobs": [-1.5, -0.5]}]}),
+]
+
+
+def distance(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> float:
+    """Of two adapters, relative to the first's norm."""
+    assert one.keys() == other.keys()
+    change = sum(float(np.square(one[key].astype(np.float64) - other[key]).sum()) for key in one)
+    return float((change / sum(float(np.square(one[key].astype(np.float64)).sum()) for key in one)) ** 0.5)
+
+
+def test_its_steps_are_the_plain_ways_alone_and_in_a_batch(both: tuple[Trainee, Trainee]) -> None:
+    """Trained parents, so that no gradient is zero; in micro-batches that cut a request in two as well."""
+    plain, fast = both
+    before = base_digest(fast.student)
+    parents = [
+        plain.train(plain.adapter(f"a{number}", **lora), [SHORT], training={"learningRate": 0.01}).uri
+        for number, (lora, _) in enumerate(BATCH)
+    ]
+    jobs = [[plain.job(parent, **spec) for parent, (_, spec) in zip(parents, BATCH, strict=True)] for _ in range(4)]
+    expected = [plain.step(job, plain.phases.append) for job in jobs[0]]
+    ways: list[list[Result | Exception]] = [[fast.step(job, fast.phases.append) for job in jobs[1]]]
+    ways.append(fast.step.batch([(job, fast.phases.append) for job in jobs[2]]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast.student, "_micro_batch_tokens", 1)
+        ways.append(fast.step.batch([(job, fast.phases.append) for job in jobs[3]]))
+    for way in ways:
+        for one, other in zip(expected, way, strict=True):
+            assert isinstance(other, Result)
+            assert one.metadata is not None
+            assert other.metadata is not None
+            for name, number in one.metadata.model_dump().items():
+                close = pytest.approx(number, rel=1e-3, abs=1e-6) if isinstance(number, float) else number
+                assert other.metadata.model_dump()[name] == close, name
+            single, own = read_version(one.lora_uri), read_version(other.lora_uri)
+            assert single.optimizer is not None
+            assert own.optimizer is not None
+            assert distance(single.tensors, own.tensors) < 1e-5
+            assert distance(single.optimizer.exp_avg, own.optimizer.exp_avg) < 1e-3
+            assert distance(single.optimizer.exp_avg_sq, own.optimizer.exp_avg_sq) < 1e-3
+            assert (single.optimizer.step, own.optimizer.step) == (2 if other.metadata.optimizer_step == 2 else 4,) * 2
+    assert base_digest(fast.student) == before
+
+
+def test_what_stays_in_memory_is_what_the_store_holds(
+    both: tuple[Trainee, Trainee], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain of steps without reading a version again is, bit for bit, the chain that reads each."""
+    _, fast = both
+    start = fast.adapter("chain")
+    uri = start
+    for _ in range(3):
+        uri = fast.train(uri, [SHORT]).uri
+        fast.student.bank.remove(uri)  # the next step must read it
+    read = read_version(uri)
+
+    from claas_worker import step
+
+    reads: list[str] = []
+    monkeypatch.setattr(step, "read_version", lambda uri, **more: reads.append(uri) or read_version(uri, **more))
+    uri = start
+    for _ in range(3):
+        result = fast.run(uri, [SHORT])
+        uri = result.lora_uri
+    assert reads == [start]
+    resident = read_version(uri)
+    assert all(np.array_equal(read.tensors[key], resident.tensors[key]) for key in read.tensors)
+    assert read.optimizer is not None
+    assert resident.optimizer is not None
+    assert all(
+        np.array_equal(read.optimizer.exp_avg_sq[key], value) for key, value in resident.optimizer.exp_avg_sq.items()
+    )
+    assert result.metadata is not None
+    assert (result.metadata.optimizer_state, result.metadata.optimizer_step) == ("resumed", 3)
+
+
+def test_a_version_that_is_gone_is_not_trained_from_memory(both: tuple[Trainee, Trainee]) -> None:
+    _, fast = both
+    version = fast.train(fast.adapter("gone"), [SHORT])
+    assert fast.student.bank.get(version.uri) is not None
+    folder, _, name = version.uri.rstrip("/").rpartition("/")
+    tombstone(f"{folder}/gone/", [name], "test")
+    with pytest.raises(StoreError):
+        fast.run(version.uri, [SHORT])
+
+
+def test_a_failed_attempt_leaves_the_parent_as_it_was(both: tuple[Trainee, Trainee]) -> None:
+    """Before anything was trained it stays in memory, untouched; a step that spoils it takes it along."""
+    plain, fast = both
+    parent = fast.train(fast.adapter("parent"), [SHORT])
+    with pytest.raises(errors.TeacherUnavailable):
+        fast.run(parent.uri, [SHORT], teacher={"mode": "Server"})
+    assert fast.student.bank.get(parent.uri) is not None
+    again, expected = fast.train(parent.uri, [SHORT]), plain.train(parent.uri, [SHORT])
+    assert distance(expected.tensors, again.tensors) < 1e-5
+    assert fast.student.bank.get(parent.uri) is None
+
+    state = parent.optimizer
+    assert state is not None
+    negative = {key: np.full_like(value, -1.0) for key, value in state.exp_avg_sq.items()}
+    broken = write_version(
+        f"file://{fast.folder}/spoilt/",
+        parent.config,
+        parent.tensors,
+        type(state)(state.step, state.rank, state.target_modules, state.exp_avg, negative),
+        parent.manifest,
+    )
+    with pytest.raises(errors.NonFiniteWeights):
+        fast.run(broken.uri, [SHORT])
+    assert fast.student.bank.get(broken.uri) is None
+
+
+def test_poison_in_one_request_ends_that_one_alone(both: tuple[Trainee, Trainee]) -> None:
+    plain, fast = both
+    sound = fast.train(fast.adapter("sound"), [SHORT])
+    huge = {key: np.full_like(value, 1e30) for key, value in sound.tensors.items()}
+    poisoned = write_version(f"file://{fast.folder}/huge/", sound.config, huge, None, sound.manifest).uri
+    unfit = SHORT | {"teacherLogprobs": [0.5, -1.0]}
+    jobs = [
+        fast.job(poisoned, [SHORT]),
+        fast.job(sound.uri, [SHORT]),
+        fast.job(fast.adapter("bad"), [unfit], teacher={"mode": "Provided"}),
+    ]
+    first, result, last = fast.step.batch([(job, fast.phases.append) for job in jobs])
+    assert (type(first), type(last)) == (errors.NonFiniteInput, errors.NonFiniteInput)
+    assert isinstance(result, Result)
+    assert distance(plain.train(sound.uri, [SHORT]).tensors, read_version(result.lora_uri).tensors) < 1e-5
+
+
+def test_no_signal_writes_nothing(both: tuple[Trainee, Trainee]) -> None:
+    _, fast = both
+    uri = fast.adapter("silent")
+    result = fast.run(uri, [{key: SHORT[key] for key in ("prompt", "response")}])
+    assert (result.outcome, result.lora_uri) == ("NoSignal", uri)
+    assert result.metadata is not None
+    assert (result.metadata.update_norm, result.metadata.optimizer_step) == (0, 0)
+    assert distance(read_version(uri).tensors, fast.train(uri, [SHORT]).tensors) > 0
+
+
+def test_the_least_recently_used_adapters_leave_the_gpu(
+    both: tuple[Trainee, Trainee], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fast = both
+    bank = fast.student.bank
+    heads = [fast.train(fast.adapter(f"idle{number}"), [SHORT]).uri for number in range(3)]
+    resident = bank.get(heads[1])
+    assert resident is not None
+    assert resident.size_bytes >= 3 * 4 * sum(value.numel() for value in resident.parameters.values())
+    monkeypatch.setattr(bank, "_capacity_bytes", 2 * resident.size_bytes)
+    last = fast.train(fast.adapter("idle3"), [SHORT]).uri
+    assert [bank.get(uri) is not None for uri in (*heads, last)] == [False, True, False, True]
+
+
+def test_the_bench_agrees_with_plain_peft() -> None:
+    """`tests/bench/student_step.py --smoke`: the whole step against PEFT's autograd, on a tiny model."""
+    bench = Path(__file__).parents[1] / "bench" / "student_step.py"
+    command = [sys.executable, str(bench), "--smoke", "--rounds", "1", "--no-plain", "--cases", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1.00000" in done.stdout
