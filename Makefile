@@ -72,6 +72,11 @@ fuzz-api: env ## ten thousand generated calls of the REST API (five minutes)
 bench-api: env ## 200 callers at once: how late they hear, judged (on an idle machine), and what the API server alone takes; 1,000 that wait
 	CLAAS_LATE_SECONDS=0.15 $(PY) -m pytest tests/shim/test_load.py -q -s --stress
 
+.PHONY: bench-student
+bench-student: env ## the training step on a GPU against plain PEFT: times, equality, memory, what the time is made of (3 minutes)
+	@mkdir -p build
+	$(PY) tests/bench/student_step.py --exact --profile --mixed 60 --out build/student.json
+
 .PHONY: bench-operator
 bench-operator: python ## 1,000, 10,000 and 30,000 requests through the operator and real agents, judged (an hour, on an idle machine)
 	@python3.11 tests/prepare.py --tests

@@ -1,0 +1,707 @@
+"""The product's training step on a GPU against plain PEFT doing the same arithmetic, interleaved in one run.
+
+Ours is `TrainingStep.batch` with its own rendering, loss, guards and optimizer; only the store is left out (parents
+come from memory and stay there), and the teacher is made up: random top-100, on which no time here depends.
+What is timed of it is its training phase, from targets in hand to numbers in hand. Plain PEFT is a wrapped model with
+autograd, the same loss on the same hidden states, clipping and torch's AdamW; several adapters are trained one by one.
+Weights are random, of the real shapes. Loss and gradient of both sides are compared before anything is timed.
+
+Two bf16 passes of one model differ by what bf16 rounds, PEFT's with itself in a batch of another shape as well; so
+`--exact` asks how far either side's gradient is from an fp32 base's, and equal is who is no further off than PEFT.
+`--mixed N` trains N mixed requests over many adapters, then each adapter's requests again by itself.
+
+`--smoke` runs a tiny model on the CPU: the same code, for correctness alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import peft
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from claas_crds.reasons import Outcome, Reason
+from claas_crds.request import DistillRequestSpec, Parent, Result
+from claas_store.version import Manifest, Version
+from claas_teacher.client import Scores, TeacherInfo
+from claas_worker import logs
+from claas_worker.job import Job
+from claas_worker.render import Limits
+from claas_worker.score import Scorer
+from claas_worker.sdpo import sdpo_loss_from_hidden
+from claas_worker.step import Attempt, TrainingStep
+from claas_worker.student import Student
+
+BASE_MODEL = "bench/random"
+QWEN_3B = {
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 32_768,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+TINY = QWEN_3B | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+PROMPT = {"prompt": "Tell me a story.", "feedback": "Shorter.", "finishReason": "length"}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK, ALPHA, TOP_K = 16, 32, 100
+GIB = 2**30
+
+
+class Case(NamedTuple):
+    """So many adapters, each with so many samples of so many tokens that the model is shown."""
+
+    adapters: int
+    samples: int
+    tokens: int
+    target: float  # least speed-up over plain PEFT that is asked for; 0: none
+
+    @property
+    def name(self) -> str:
+        """As in the tables."""
+        return f"{self.adapters * self.samples}x{self.tokens}" + (
+            f" ({self.adapters} adapters)" if self.adapters > 1 else ""
+        )
+
+
+CASES = (Case(1, 1, 256, 10), Case(1, 1, 1024, 5), Case(8, 1, 128, 0), Case(32, 1, 128, 45), Case(1, 8, 1024, 2.2))
+SMOKE = (Case(1, 1, 80, 0), Case(3, 1, 70, 0), Case(1, 2, 90, 0))
+
+
+class MadeUpTeacher:
+    """Answers at once, with random logprobs that depend on the response alone."""
+
+    def __init__(self, fingerprint: str, vocabulary: int) -> None:
+        self._fingerprint, self._vocabulary = fingerprint, vocabulary
+
+    def info(self) -> TeacherInfo:
+        """Of the student's tokenizer."""
+        return TeacherInfo("made-up", self._fingerprint, self._vocabulary, TOP_K, None)
+
+    def score_batch(self, asked: Sequence[tuple[Sequence[int], Sequence[int]]], k: int, **_: Any) -> list[Scores]:
+        """(N, K) ids and logprobs of each response; the response token is the first."""
+        return [self._score(response, k) for _, response in asked]
+
+    def _score(self, response: Sequence[int], k: int) -> Scores:
+        random = np.random.default_rng(sum(response))
+        ids = random.integers(0, self._vocabulary, (len(response), k), dtype=np.int64)
+        ids[:, 0] = response
+        logits = random.normal(size=(len(response), k + 1)).astype(np.float32)
+        logprobs = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[:, :k]
+        tail = 1 - np.exp(logprobs).sum(-1)
+        return Scores(ids.astype(np.int32), logprobs, logprobs[:, 0].copy(), tail)
+
+
+class StepWithoutStore(TrainingStep):
+    """The step; its versions live in memory, and its training phase is timed."""
+
+    def __init__(
+        self, student: Student, scorer: Scorer, limits: Limits, seeds: dict[str, dict[str, NDArray[Any]]]
+    ) -> None:
+        super().__init__(student, scorer, limits)
+        self._seeds = seeds
+        self.seconds = 0.0
+        self.profile: Callable[[], Any] | None = None
+
+    def _read(self, attempt: Attempt) -> None:
+        uri = attempt.job.parent.uri
+        assert attempt.job.spec.samples is not None
+        attempt.samples = attempt.job.spec.samples
+        tensors = {} if attempt.resident else self._seeds[uri]
+        attempt.parent = Version(uri, Manifest(base_model=BASE_MODEL), "", adapter_config(), tensors, None)
+
+    def _save(self, attempt: Attempt) -> None:
+        uri = f"{attempt.job.parent.uri.rpartition('+')[0]}+{uuid.uuid4().hex}/"
+        attempt.stands_for = uri
+        attempt.succeed(Outcome.SUCCEEDED, Reason.SUCCEEDED, uri)
+
+    def _train(self, attempts: Sequence[Attempt]) -> None:
+        synchronize()
+        started = perf_counter()
+        super()._train(attempts)
+        synchronize()
+        self.seconds = perf_counter() - started
+
+
+def main() -> None:
+    """Runs the cases, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="timed ones, after those that are not")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file")
+    parser.add_argument("--tokenizer", type=Path, default=None, help="folder (default: Qwen's, from the tests' cache)")
+    parser.add_argument("--compile-cache", type=Path, default=None, help="folder, as the worker's flag")
+    parser.add_argument("--cases", default="", help="comma-separated indices of the cases (default: all)")
+    parser.add_argument("--memory-gib", type=float, default=44.0, help="what our side may take: an L40S's")
+    parser.add_argument("--mixed", type=int, default=0, help="so many mixed requests, after the cases")
+    parser.add_argument("--adapters", type=int, default=12, help="of --mixed")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU: correctness alone")
+    parser.add_argument("--no-plain", action="store_true", help="leave plain PEFT's times out (equality stays)")
+    parser.add_argument("--exact", action="store_true", help="gradients against fp32 too, and PEFT against itself")
+    parser.add_argument("--profile", action="store_true", help="kernels by group, of each case (GPU)")
+    arguments = parser.parse_args()
+    logs.configure()
+    results = run(arguments)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1))
+    print(table(results))
+    if failed := [one["case"] for one in results["cases"] if not one["equal"]]:
+        sys.exit(f"not equal to plain PEFT: {failed}")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All cases on one model."""
+    device = "cpu" if arguments.smoke else "cuda"
+    cases: tuple[Case, ...] = SMOKE if arguments.smoke else CASES
+    if arguments.cases:
+        cases = tuple(cases[int(index)] for index in arguments.cases.split(","))
+    started = perf_counter()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.tokenizer or qwen_tokenizer())
+    model, plain_model = random_models(TINY if arguments.smoke else QWEN_3B, device)
+    note(f"models made in {perf_counter() - started:.1f} s")
+    student = Student(model, tokenizer, base_model=BASE_MODEL, resident_bytes=40 * GIB)
+    student.start_engine(arguments.compile_cache)
+    assert student.engine is not None
+    share_weights(model, plain_model)
+    gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
+    results: dict[str, Any] = {
+        "device": gpu.name if gpu else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "load": os.getloadavg()[0],
+        "cases": [],
+    }
+    plain = PlainPeft(plain_model, student)
+    for case in cases:
+        results["cases"].append(measure(case, student, plain, arguments))
+        note(json.dumps(results["cases"][-1]))
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=1))
+    if arguments.mixed:
+        results["mixed"] = mixed(student, arguments.mixed, arguments.adapters, arguments.memory_gib)
+        note(json.dumps(results["mixed"]))
+    return results
+
+
+def mixed(student: Student, requests: int, adapters: int, memory_gib: float) -> dict[str, Any]:
+    """Requests of 24 to 700 tokens and 1 to 3 samples, in batches of 1 to 6; what became of base, adapters, memory."""
+    random = np.random.default_rng(0)
+    cuda = student.device.type == "cuda"
+    longest = 700 if cuda else 60
+    limit_memory(memory_gib)
+    seeds = {f"s3://bench/mixed/{number}+0/": seed_tensors(student, number) for number in range(adapters)}
+    first = list(seeds)
+    teacher = MadeUpTeacher(student.fingerprint, student.head.shape[0])
+    step = StepWithoutStore(student, Scorer(student, teacher), Limits(4096, 4096), seeds)  # type: ignore[arg-type]
+    before = base_sums(student)
+
+    def samples() -> list[dict[str, Any]]:
+        count = int(random.integers(1, 4))
+        ids = [random.integers(0, 150_000, int(random.integers(24, longest))).tolist() for _ in range(count)]
+        return [PROMPT | {"responseTokenIds": one} for one in ids]
+
+    def run(heads: list[str], batch: list[tuple[int, list[dict[str, Any]]]]) -> None:
+        outcomes = step.batch([(job(heads[who], asked), silent) for who, asked in batch])
+        for (who, _), outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+            heads[who] = outcome.lora_uri
+
+    batches: list[list[tuple[int, list[dict[str, Any]]]]] = []
+    while sum(map(len, batches)) < requests:
+        several = random.permutation(adapters)[: int(random.integers(1, 7))].tolist()
+        batches.append([(one, samples()) for one in several])
+    heads, memory, seconds = list(first), [], []
+    for number, batch in enumerate(batches):
+        run(heads, batch)
+        seconds.append(step.seconds)
+        if number in (len(batches) // 2, len(batches) - 1):
+            memory.append(torch.cuda.memory_reserved() / GIB if cuda else 0.0)
+    together = [weights_of(student, uri) for uri in heads]
+    for uri in heads:
+        student.bank.remove(uri)
+    heads = list(first)
+    for who in range(adapters):
+        for batch in batches:
+            for one, asked in batch:
+                if one == who:
+                    run(heads, [(who, asked)])
+    apart = [weights_of(student, uri) for uri in heads]
+    starts = [joined(tensors) for tensors in seeds.values()]
+    moved = [
+        torch.nn.functional.cosine_similarity(one - start, other - start, 0)
+        for one, other, start in zip(together, apart, starts, strict=True)
+        if not torch.equal(one, start)
+    ]
+    return {
+        "requests": sum(map(len, batches)),
+        "adapters": adapters,
+        "base_unchanged": before == base_sums(student),
+        "memory_gib_half_and_end": [round(one, 2) for one in memory],
+        "median_batch_ms": round(1000 * statistics.median(seconds), 1),
+        "cosine_of_changes_together_and_apart": round(float(min(moved)), 5),
+        "largest_difference": float(max((one - other).abs().max() for one, other in zip(together, apart, strict=True))),
+        "largest_change": float(max((one - start).abs().max() for one, start in zip(apart, starts, strict=True))),
+    }
+
+
+def base_sums(student: Student) -> list[int]:
+    """Of every parameter's bits."""
+    return [
+        int(one.detach().contiguous().view(torch.int16 if one.element_size() == 2 else torch.int32).long().sum())
+        for one in student.model.parameters()
+    ]
+
+
+def joined(tensors: dict[str, Any]) -> torch.Tensor:
+    """All weights, by key, in one."""
+    return torch.cat([torch.as_tensor(tensors[key]).float().cpu().reshape(-1) for key in sorted(tensors)])
+
+
+def weights_of(student: Student, uri: str) -> torch.Tensor:
+    """A resident adapter's."""
+    adapter = student.bank.get(uri)
+    assert adapter is not None
+    return joined(adapter.tensors())
+
+
+def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Equality, times, memory and profile of a case."""
+    engine, cuda = student.engine, student.device.type == "cuda"
+    assert engine is not None
+    torch.manual_seed(0)
+    seeds = {
+        f"s3://bench/{case.samples}x{case.tokens}/{number}+0/": seed_tensors(student, number)
+        for number in range(case.adapters)
+    }
+    teacher = MadeUpTeacher(student.fingerprint, student.head.shape[0])
+    step = StepWithoutStore(student, Scorer(student, teacher), Limits(4096, 4096), seeds)  # type: ignore[arg-type]
+    samples = made_up_samples(case, student)
+    jobs = [job(uri, samples[number]) for number, uri in enumerate(seeds)]
+    found: dict[str, Any] = {"case": case.name, "target": case.target}
+
+    limit_memory(arguments.memory_gib)
+    gradients: list[torch.Tensor] = []
+    ours = engine.adamw
+
+    def recorder(*tensors: torch.Tensor) -> torch.Tensor:
+        gradients.append(tensors[3].detach().reshape(-1).cpu().clone())
+        return ours(*tensors)
+
+    engine.adamw = recorder
+    outcomes = step.batch([(one, silent) for one in jobs])
+    found["first_uncompiled_ms"] = round(1000 * step.seconds, 1)
+    engine.adamw = ours if engine.adamw is recorder else engine.adamw
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    heads = [outcome.lora_uri for outcome in outcomes if isinstance(outcome, Result)]
+    layout = student.bank.get(heads[0])
+    assert layout is not None and layout.flat is not None
+    losses, cosines = [], []
+    limit_memory(None)
+    for number in {0, case.adapters - 1}:
+        outcome = outcomes[number]
+        assert isinstance(outcome, Result) and outcome.metadata is not None
+        loss, gradient = plain.gradient(seeds[list(seeds)[number]], step_items(step, jobs[number]))
+        losses.append(abs(outcome.metadata.total_loss - loss) / abs(loss))
+        own = layout.flat.layout.split(gradients[number])
+        cosines.append(cosine(own, gradient))
+    found |= {"loss_error": max(losses), "gradient_cosine": min(cosines)}
+    found["equal"] = max(losses) <= 1e-3 and min(cosines) >= 0.999
+    if arguments.exact:
+        tensors, items = seeds[next(iter(seeds))], step_items(step, jobs[0])
+        exact = plain.exact_gradient(tensors, items)
+        _, own_plain = plain.gradient(tensors, items)
+        _, beside = plain.gradient(tensors, items, companions=1)
+        found |= {
+            "plain_against_itself_padded": cosine(own_plain, beside),
+            "plain_against_fp32": cosine(own_plain, exact),
+            "ours_against_fp32": cosine(layout.flat.layout.split(gradients[0]), exact),
+        }
+        found["equal"] |= max(losses) <= 1e-3 and found["ours_against_fp32"] >= found["plain_against_fp32"]
+    gradients.clear()
+
+    def one_round() -> float:
+        nonlocal heads
+        again = [job(uri, samples[number]) for number, uri in enumerate(heads)]
+        limit_memory(arguments.memory_gib)
+        outcomes = step.batch([(one, silent) for one in again])
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        heads = [outcome.lora_uri for outcome in outcomes if isinstance(outcome, Result)]
+        return step.seconds
+
+    if cuda:
+        started = perf_counter()
+        one_round()
+        engine.settled(240)
+        found["compile_and_capture_s"] = round(perf_counter() - started, 1)
+    items = step_items(step, jobs[0])
+    for _ in range(2):
+        one_round()
+        engine.settled(240)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times, theirs = [], []
+    one_round()
+    found["memory_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 1) if cuda else 0.0
+    if not arguments.no_plain:
+        plain.start(seeds[next(iter(seeds))], items)
+        limit_memory(None)
+        plain.step()
+    for _ in range(arguments.rounds):
+        times.append(one_round())
+        if not arguments.no_plain:
+            limit_memory(None)
+            theirs.append(plain.step())
+    found |= {"ms": round(1000 * statistics.median(times), 2), "all_ms": [round(1000 * one, 2) for one in times]}
+    if theirs:
+        one = statistics.median(theirs) * 1000
+        found |= {"plain_ms": round(one, 2), "plain_passes": plain.passes}
+        found["speed_up"] = round(one * case.adapters / found["ms"], 2)
+    found["ms_an_adapter"] = round(found["ms"] / case.adapters, 2)
+    if arguments.profile and cuda:
+        found["profile"] = profiled(one_round, case)
+    plain.stop()
+    for uri in heads:
+        student.bank.remove(uri)
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+    return found
+
+
+class PlainPeft:
+    """PEFT's own LoRA on the same base weights: autograd, clipping, AdamW."""
+
+    def __init__(self, model: Any, student: Student) -> None:
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+        self.model = peft.get_peft_model(model, config).eval()
+        self.head = student.head
+        self.parameters = [one for one in self.model.parameters() if one.requires_grad]
+        self.passes = 1
+        self.companions = 0
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def _load(self, tensors: dict[str, NDArray[Any]]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.from_numpy(tensors[name.replace(".default", "")]))
+
+    def exact_gradient(self, tensors: dict[str, NDArray[Any]], items: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """By key, the base in fp32 too."""
+        import copy
+
+        other = copy.copy(self)
+        other.model, other.head = copy.deepcopy(self.model).float(), self.head.float()
+        other.parameters = [one for one in other.model.parameters() if one.requires_grad]
+        return other.gradient(tensors, items)[1]
+
+    def gradient(
+        self, tensors: dict[str, NDArray[Any]], items: Sequence[Any], companions: int = 0
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        """The loss, and the gradient by key; with so many more rows in the batch, which have no loss."""
+        self._load(tensors)
+        self.companions = companions
+        loss = self._backward(items)
+        self.companions = 0
+        found = {
+            name.replace(".default", ""): parameter.grad.float().cpu()
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+        for parameter in self.parameters:
+            parameter.grad = None
+        return loss, found
+
+    def start(self, tensors: dict[str, NDArray[Any]], items: Sequence[Any]) -> None:
+        """An adapter to take steps with."""
+        self._load(tensors)
+        self.items = items
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.01)
+
+    def stop(self) -> None:
+        """Lets its memory go."""
+        self.optimizer = None
+
+    def step(self) -> float:
+        """Seconds of one."""
+        assert self.optimizer is not None
+        synchronize()
+        started = perf_counter()
+        self._backward(self.items)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        synchronize()
+        return perf_counter() - started
+
+    def _backward(self, items: Sequence[Any]) -> float:
+        while True:
+            try:
+                size = -(-len(items) // self.passes)
+                return sum(self._part(items[at : at + size], items) for at in range(0, len(items), size))
+            except torch.OutOfMemoryError:
+                for parameter in self.parameters:
+                    parameter.grad = None
+                if self.passes >= len(items):
+                    raise
+                self.passes *= 2
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _part(self, part: Sequence[Any], items: Sequence[Any]) -> float:
+        total = sum(len(item.response_ids) for item in items)
+        ids = torch.tensor([[*item.context.prefix_ids, *item.context.response_ids][:-1] for item in part])
+        ids = torch.cat([ids, *[ids.flip(1)] * self.companions])
+        device = self.head.device
+        states = self.model.base_model.model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        losses = []
+        for row, item in enumerate(part):
+            hidden = states[row, len(item.context.prefix_ids) - 1 :]
+            scored = item.scored
+            losses.append(
+                sdpo_loss_from_hidden(
+                    hidden, self.head, item.response_ids, scored.support_ids, scored.logprobs, total_tokens=total
+                ).loss
+            )
+        loss = torch.stack(losses).sum()
+        loss.backward()
+        return float(loss.detach())
+
+
+def profiled(one_round: Callable[[], float], case: Case) -> dict[str, Any]:
+    """Milliseconds of the GPU's time by group of kernels, of a whole round."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        one_round()
+        torch.cuda.synchronize()
+    events = sorted((e for e in recorded.events() if e.device_time > 0), key=lambda event: event.time_range.start)
+    layers = QWEN_3B["num_hidden_layers"]
+    products = [event for event in events if is_product(event.name)]
+    groups: dict[str, float] = {}
+    kinds = product_kinds(len(products), int(str(layers)))
+    for event, kind in zip(products, kinds, strict=True):
+        groups[kind] = groups.get(kind, 0.0) + event.device_time / 1000
+    for event in events:
+        if not is_product(event.name):
+            kind = kernel_kind(event.name)
+            groups[kind] = groups.get(kind, 0.0) + event.device_time / 1000
+    span = (events[-1].time_range.end - events[0].time_range.start) / 1000
+    names: dict[str, list[float]] = {}
+    for event in events:
+        names.setdefault(event.name[:110], []).append(event.device_time / 1000)
+    top = sorted(names.items(), key=lambda item: -sum(item[1]))[:40]
+    return {
+        "groups_ms": {kind: round(ms, 3) for kind, ms in sorted(groups.items(), key=lambda item: -item[1])},
+        "sum_ms": round(sum(groups.values()), 2),
+        "span_ms": round(span, 2),
+        "kernels": len(events),
+        "top": [[name, len(times), round(sum(times), 3)] for name, times in top],
+    }
+
+
+def is_product(name: str) -> bool:
+    """Whether a kernel is a matrix product."""
+    return (
+        any(word in name for word in ("gemm", "nvjet", "cutlass", "xmma"))
+        and "fmha" not in name
+        and "flash" not in name
+    )
+
+
+def product_kinds(count: int, layers: int) -> list[str]:
+    """Of each matrix product in time order, if they are as many as one micro-batch makes; else all are one kind."""
+    forward = ["base", "LoRA", "LoRA"] * 4 * layers
+    backward = ["LoRA", "base", "LoRA", "LoRA", "LoRA"] * 4 * layers
+    del backward[-4:-2]  # the first layer's input needs no gradient
+    loss = count - len(forward) - len(backward)
+    if loss < 2 or loss % 2:
+        return ["matrix products"] * count
+    return [f"{kind} products" for kind in (*forward, *["head"] * loss, *backward)]
+
+
+def kernel_kind(name: str) -> str:
+    """The group of a kernel that is no matrix product."""
+    lowered = name.lower()
+    if any(word in lowered for word in ("flash", "fmha", "attention", "sdpa")):
+        return "attention"
+    if "memcpy" in lowered or "memset" in lowered:
+        return "copies"
+    if "splitk" in lowered:
+        return "split-K sums"
+    if name.startswith("triton"):
+        return "compiled functions"
+    return "other kernels"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    versions = ", ".join(f"{name} {results[name]}" for name in ("torch", "transformers", "peft"))
+    lines = [
+        f"{results['device']}, {versions}",
+        "| case | step ms | an adapter | plain PEFT ms | faster | wanted | first | GiB | loss error | cosine |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in results["cases"]:
+        lines.append(
+            f"| {one['case']} | {one['ms']} | {one['ms_an_adapter']} | {one.get('plain_ms', '')} | "
+            f"{one.get('speed_up', '')} | {one['target'] or ''} | {one['first_uncompiled_ms']} | {one['memory_gib']} | "
+            f"{one['loss_error']:.1e} | {one['gradient_cosine']:.5f} |"
+        )
+    return "\n".join(lines)
+
+
+def random_models(config: dict[str, Any], device: str) -> tuple[Any, Any]:
+    """Two models of one shape; the second gets the first's weights later."""
+    settings = transformers.Qwen2Config(**config)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="sdpa")
+        made.append(model.to(device).eval().requires_grad_(False))
+    return made[0], made[1]
+
+
+def share_weights(model: Any, other: Any) -> None:
+    """The other's parameters become this one's."""
+    own = dict(model.named_parameters())
+    for name, parameter in other.named_parameters():
+        parameter.data = own[name].data
+    other.tie_weights()
+
+
+def adapter_config() -> dict[str, Any]:
+    """adapter_config.json."""
+    return {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": TARGETS,
+        "base_model_name_or_path": BASE_MODEL,
+    }
+
+
+def seed_tensors(student: Student, number: int) -> dict[str, NDArray[Any]]:
+    """A as PEFT begins with, B small but not zero, so that every weight has a gradient."""
+    generator = torch.Generator().manual_seed(number)
+    found = {}
+    for name, module in student.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in TARGETS:
+            a = torch.rand(RANK, module.in_features, generator=generator).sub_(0.5).mul_(2 / module.in_features**0.5)
+            b = torch.rand(module.out_features, RANK, generator=generator).sub_(0.5).mul_(0.02)
+            key = f"base_model.model.{name}"
+            found[f"{key}.lora_A.weight"], found[f"{key}.lora_B.weight"] = a.numpy(), b.numpy()
+    return found
+
+
+def made_up_samples(case: Case, student: Student) -> list[list[dict[str, Any]]]:
+    """By adapter; each sample with its prompt is `tokens` + 1 tokens long, the last of which is not shown."""
+    from claas_crds.request import Sample
+    from claas_worker.render import render
+
+    prefix = len(
+        render(
+            Sample.model_validate(PROMPT | {"response": "x"}), student.tokenizer, Limits(4096, 4096)
+        ).prefix_student_ids
+    )
+    generator = torch.Generator().manual_seed(1)
+    length = case.tokens + 1 - prefix
+    return [
+        [
+            PROMPT | {"responseTokenIds": torch.randint(0, 150_000, (length,), generator=generator).tolist()}
+            for _ in range(case.samples)
+        ]
+        for _ in range(case.adapters)
+    ]
+
+
+def job(uri: str, samples: list[dict[str, Any]]) -> Job:
+    """A request in mode Server."""
+    spec = DistillRequestSpec.model_construct(
+        **DistillRequestSpec.model_validate({"loraUri": "s3://bench/a/", "samples": samples[:1]}).__dict__
+    )
+    from claas_crds.request import Sample
+
+    spec.samples = [Sample.model_validate(one) for one in samples]
+    out = f"{uri.rpartition('+')[0]}+{uuid.uuid4().hex}/"
+    return Job(str(uuid.uuid4()), "dr", "bench", "2026-01-01T00:00:00Z", 1, Parent(uri=uri, adapter_uid="a"), spec, out)
+
+
+def step_items(step: StepWithoutStore, one: Job) -> Sequence[Any]:
+    """What a job is trained on, as the step itself prepares it."""
+    attempt = Attempt(one, silent)
+    attempt.samples = one.spec.samples or ()
+    from claas_worker.render import render
+
+    attempt.rendered = [
+        render(sample, step._student.tokenizer, step._limits, truncate_response=None, where="")
+        for sample in attempt.samples
+    ]
+    step._ask_teacher(attempt)
+    return attempt.items
+
+
+def cosine(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Of two gradients by key."""
+    assert one.keys() == other.keys()
+    dot = sum(float((one[key].double() * other[key].double()).sum()) for key in one)
+    norms = [sum(float(t.double().square().sum()) for t in side.values()) ** 0.5 for side in (one, other)]
+    return dot / (norms[0] * norms[1])
+
+
+def limit_memory(gib: float | None) -> None:
+    """Of this process on the GPU; None: all of it."""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else min(1.0, gib * GIB / total))
+
+
+def qwen_tokenizer() -> Path:
+    """From the tests' cache."""
+    import models
+
+    return models.qwen_tokenizer_dir()
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def silent(phase: str) -> None:
+    """A report that goes nowhere."""
+
+
+def note(text: str) -> None:
+    """To stderr, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
