@@ -125,7 +125,7 @@ class Worker:
     """A worker's Pod (pending: there is no node) and what its token may do."""
 
     def __init__(self, kubectl: Kubectl, namespace: str, url: str) -> None:
-        self.kubectl, self.namespace, self.name = kubectl, namespace, f"worker-{uuid.uuid4().hex[:6]}"
+        self.kubectl, self.namespace, self.name = kubectl, namespace, f"{RELEASE}-l40s-1-{uuid.uuid4().hex[:5]}"
         kubectl.apply(pod_of(worker_template(), self.name), namespace=namespace)
         bound = ("--bound-object-kind", "Pod", "--bound-object-name", self.name)
         self.client = as_token(kubectl, url, kubectl("create", "token", f"{RELEASE}-worker", "-n", namespace, *bound))

@@ -18,7 +18,7 @@ from objectstore import ObjectStore
 
 
 def test_round_trip(home: str) -> None:
-    store, uri = open_store(home), f"{home}a/b/ü %2e.bin"
+    store, uri = open_store(home), f"{home}a/b/ü %20.bin"
     data = bytes(range(256)) * 5000
     store.put(uri, data)
     store.put(f"{home}a/empty", b"")

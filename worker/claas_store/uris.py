@@ -2,7 +2,7 @@
 
 Segments are taken as they are: nothing is percent-decoded, so a uri names the same object to us, to boto3 and to a
 person. What two readers could understand differently (`..`, `.`, empty segments, queries, fragments, backslashes,
-control characters) is refused.
+control characters, dots and slashes in percent-encoding, once or more often) is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ MAX_SEGMENT_BYTES = 255  # what a file system takes
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _OWN_SUFFIX = re.compile(r"(?P<base>.+)-\d{8}-\d{6}-(?P<uid>[0-9a-f]{8})(-a([2-9]|[1-9]\d+))?", re.ASCII | re.DOTALL)
+_ENCODED = re.compile(r"%(25)*(2e|2f|5c)", re.IGNORECASE)  # a proxy before the store may decode it
 _UID = re.compile(r"[0-9a-f]{8}")
 _REMEMBERED_URIS = 16_384  # the operator looks at every adapter's again and again
 
@@ -75,6 +76,8 @@ def parse(uri: str) -> Location:
         raise UriInvalid(f"{shown} has an empty, '.' or '..' segment")
     if any(character in "?#\\" or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in path):
         raise UriInvalid(f"{shown} has a query, a fragment, a backslash or a control character")
+    if _ENCODED.search(path):
+        raise UriInvalid(f"{shown} has a dot, a slash or a backslash in percent-encoding")
     if any(len(segment.encode()) > MAX_SEGMENT_BYTES for segment in segments):
         raise UriInvalid(f"{shown} has a segment of more than {MAX_SEGMENT_BYTES} bytes")
     return Location("s3" if scheme == "s3" else "file", bucket, segments)
