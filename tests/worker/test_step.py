@@ -28,6 +28,7 @@ from claas_store.errors import AlreadyExists, NotFound
 from claas_store.stores import open_store
 from claas_store.version import read_version, write_version
 from claas_teacher.client import TeacherClient
+from claas_teacher.errors import TeacherUnavailable
 from claas_worker import errors
 from claas_worker.job import Job, Unfit, failure
 from claas_worker.render import Limits, render
@@ -601,9 +602,10 @@ def test_nobody_waits_for_a_silent_teacher_longer_than_for_the_request(
     ):
         trainee = Trainee(student, tmp_path, client)
         started = time.monotonic()
-        with pytest.raises(errors.TeacherUnavailable):
+        with pytest.raises(TeacherUnavailable) as caught:
             trainee.run(trainee.adapter("a"), teacher={"mode": "Server"}, activeDeadlineSeconds=2)
         assert time.monotonic() - started < 10
+    assert failure(caught.value, 1).outcome == "Retryable"
 
 
 def test_mode_provided_learns_from_the_callers_logprobs(trainee: Trainee) -> None:
