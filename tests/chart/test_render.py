@@ -473,7 +473,8 @@ def test_tenants_patience_and_kueue_s_queue_reach_the_operator(helm: Helm) -> No
         '[{"namespace": "*", "maxGpuSecondsPerDay": 3600}, {"namespace": "a", "weight": 2, "maxPendingRequests": 9}]'
     )
     objects = helm.render(
-        "--set-json", f"tenants={tenants}", "--set", "poolDefaults.queueName=gpus,poolDefaults.scaleUpSeconds=2.5"
+        *("--set-json", f"tenants={tenants}", "--set-json", "poolDefaults.scaleUpSeconds=2.5"),
+        *("--set", "poolDefaults.queueName=gpus"),
     )
     settings = Settings.model_validate(settings_of(objects))
     assert (settings.tenant("a").weight, settings.tenant("a").max_gpu_seconds_per_day) == (2, 0)
