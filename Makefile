@@ -53,6 +53,10 @@ unit: env ## the tests that need no cluster, no vLLM and no images (a minute)
 mutations: env ## break every formula of the loss, one at a time, and see a test fail (minutes)
 	$(PY) tests/worker/mutations.py
 
+.PHONY: bench-plan
+bench-plan: env ## what one plan of the operator costs, with 1,000, 10,000 and 30,000 waiting requests
+	$(PY) tests/bench/plan_cost.py
+
 .PHONY: model-mutations
 model-mutations: env ## take every precondition of the protocol away, one at a time, and see the model of the control plane find it (minutes)
 	$(PY) tests/operator/model_mutations.py

@@ -558,6 +558,8 @@ class ControlPlaneModel(RuleBasedStateMachine):
         uid, attempt = raw["metadata"]["uid"], status.get("attempt", 0)
         assert attempt >= self.attempts.get(uid, 0), "the attempt fell"
         self.attempts[uid] = attempt
+        result = status.get("result")
+        assert result is None or result["attempt"] == attempt, "the result of another attempt"
         ends = [c["type"] for c in status.get("conditions") or [] if c["status"] == "True"]
         end = next((kind for kind in ends if kind in ("Complete", "Failed")), "")
         assert self.ends.get(uid, end) == end, f"{uid} ended as {self.ends.get(uid)}, then as {end or 'not at all'}"
@@ -582,6 +584,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
             return
         if status["history"][-1].get("cause") == "RolledBack":
             assert uri in self.been[uid], "rolled back to what never was the head"
+            assert not status.get("active"), "rolled back under a request that holds the adapter"
             return
         by = status["history"][-1]["requestUid"]
         assert by not in self.moved_by, f"{by} moved a head twice"
