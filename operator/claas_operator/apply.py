@@ -279,7 +279,13 @@ class Apply:
             raise Lost("a request without an adapter trains one of the versions")
         if not action.versions and references.siblings(action.root, live) != action.kept:
             raise Lost("others need other versions beside the adapter's")
-        await self._start(action)
+        try:
+            await self._start(action)
+        except ApiException as error:
+            if error.status == HTTPStatus.FORBIDDEN and "NamespaceTerminating" in str(error.body):
+                self._snapshot.homeless.add(action.adapter.uid)
+                raise Lost("the namespace in which the Job would run is being deleted") from error
+            raise
 
     async def _fence(self, action: Fence) -> None:
         pod = action.pod

@@ -62,6 +62,9 @@ def plan_deletion(desk: Desk, references: References) -> Iterator[Action]:
         why = told.message if told and told.reason == Reason.DELETING else _waits_for(desk, root, references)
         what = f"after {limit.total_seconds():.0f} s the versions at {root} and beside it are still in the store"
         yield from _leave(desk, f"{what}: {why}")
+    elif adapter.uid in desk.snapshot.homeless:
+        what = f"namespace {adapter.namespace} is being deleted, and with it whoever could delete what is at {root}"
+        yield from _leave(desk, f"{what} and beside it: it stays")
     elif not permitted(root, desk.settings, adapter.namespace):
         yield from _leave(desk, not_permitted("spec.storage.uri", desk.settings, adapter.namespace))
     else:

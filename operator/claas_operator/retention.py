@@ -89,7 +89,7 @@ def _give_back(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Actio
 
 def _begin(desk: Desk, references: References) -> Iterator[Action]:
     adapter, history = desk.adapter, desk.adapter.status.history
-    if adapter.spec is None or len(history) <= adapter.spec.retention.keep_last:
+    if adapter.spec is None or len(history) <= status.keep_last(adapter):
         return
     if not (surplus := _surplus(desk)):
         return
@@ -120,7 +120,7 @@ def _surplus(desk: Desk) -> list[str]:
         return []
     recent = list(dict.fromkeys(entry.version for entry in reversed(adapter.status.history)))
     unended = _unended(desk)
-    kept = {adapter.status.version, adapter.rollback, *recent[: adapter.spec.retention.keep_last]}
+    kept = {adapter.status.version, adapter.rollback, *recent[: status.keep_last(adapter)]}
     kept |= {*adapter.status.collecting}
     kept |= {entry.version for entry in adapter.status.history if entry.request_uid in unended}
     return [name for name in reversed(recent) if name not in kept]

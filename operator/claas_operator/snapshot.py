@@ -278,6 +278,8 @@ class Snapshot:
     in_flight: dict[str, Any] = field(default_factory=dict)
     # Names that an API server refused as taken by somebody else's Job, as the highest counter per name's stem.
     taken_counters: dict[tuple[str, str], int] = field(default_factory=dict)
+    # Uids of adapters whose operations' namespace is being deleted with them: the API server takes no Job there.
+    homeless: set[str] = field(default_factory=set)
     # Deleted objects, since when: an answer to a write of ours may arrive after the news of the deletion.
     gone: dict[str, datetime] = field(default_factory=dict)
     # Uids that a Lease lists without there being such a request, since when.

@@ -17,6 +17,7 @@ from claas_crds.model import MAX_MESSAGE, Condition
 from claas_crds.reasons import Cause, ConditionType, Outcome, Reason, describe
 from claas_crds.request import Parent, Timings
 from claas_operator.snapshot import Adapter, Request, format_time
+from claas_store.uris import version_name
 
 Patch = dict[str, Any]
 # (type, status, reason, message)
@@ -26,6 +27,9 @@ Change = tuple[ConditionType, bool, str, str]
 HISTORY_ENTRIES: Final = 100
 # Versions beyond retention that may be waiting for their collection: they must not be forgotten before it.
 SURPLUS_VERSIONS: Final = 50
+# Of the 1.5 MiB that etcd takes in one object; what a history entry holds besides uri and version.
+HISTORY_BYTES: Final = 1_000_000
+ENTRY_BYTES: Final = 400
 
 
 def conditions(old: Sequence[Condition], generation: int, now: datetime, changes: Iterable[Change]) -> list[Condition]:
@@ -311,14 +315,24 @@ def _moved(
     }
 
 
+def keep_last(adapter: Adapter) -> int:
+    """How many versions retention keeps: `spec.retention.keepLast`, or as many as an object has room to name."""
+    if adapter.spec is None:
+        return 0
+    uri = adapter.spec.storage.uri
+    escaped = 5 * sum(uri.count(character) for character in "<>&")  # as Go's JSON has them
+    entry = ENTRY_BYTES + len(uri.encode()) + len(version_name(uri).encode()) + 2 * escaped
+    # Beside them lie those that are to be collected, and those that are being.
+    return min(adapter.spec.retention.keep_last, HISTORY_BYTES // entry - 2 * SURPLUS_VERSIONS)
+
+
 def _bounded(adapter: Adapter, keep: frozenset[str], entry: HistoryEntry) -> list[HistoryEntry]:
     """The history with `entry`. What is too long loses first the older moves of versions that were moved to again.
 
     Args:
         keep: uids of requests whose entries stay.
     """
-    keep_last = adapter.spec.retention.keep_last if adapter.spec else 0
-    retained = max(HISTORY_ENTRIES, keep_last + SURPLUS_VERSIONS + len(adapter.status.collecting))
+    retained = max(HISTORY_ENTRIES, keep_last(adapter) + SURPLUS_VERSIONS + len(adapter.status.collecting))
     before = list(adapter.status.history)
     over = len(before) + 1 - retained
     if over > 0:

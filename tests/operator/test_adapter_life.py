@@ -25,10 +25,11 @@ from claas_store.version import Manifest, ParentVersion, encode, find_manifest, 
 from cluster.controlplane import ControlPlane
 from objectstore import ObjectStore
 from operatorkit import Raw
-from operatorstage import OPERATOR, Stage
+from operatorstage import AT_HOME, OPERATOR, Stage
 from store import examples
 from store.conftest import use_s3
 
+RBAC_GROUP = "rbac.authorization.k8s.io"
 pytestmark = pytest.mark.controlplane
 
 LORA = {"r": 4, "alpha": 8, "targetModules": ["q_proj", "down_proj"]}
@@ -342,6 +343,21 @@ def test_user_deletes_the_namespace_and_it_goes(stage: Stage) -> None:
     path = f"/api/v1/namespaces/{stage.team}"
     stage.api("DELETE", path)
     stage.operation("destroy", {"ok": True})
+    stage.wait("the namespace to go", lambda: stage.api.get(path) is None, 60)
+    stage.api("POST", "/api/v1/namespaces", {"metadata": {"name": stage.team}})  # the stage deletes it at its end
+
+
+def test_user_deletes_a_namespace_whose_operations_run_there_and_it_goes_at_once(stage: Stage) -> None:
+    """No Job can run in a namespace that is being deleted: nothing is waited for, far less the limit."""
+    name, user = {"metadata": {"name": stage.instance}}, {"kind": "User", "name": OPERATOR, "apiGroup": RBAC_GROUP}
+    role = {"kind": "ClusterRole", "name": stage.instance, "apiGroup": RBAC_GROUP}
+    stage.api("POST", f"/apis/{RBAC_GROUP}/v1/clusterroles", name | {"rules": AT_HOME[:1]})
+    stage.api("POST", f"/apis/{RBAC_GROUP}/v1/clusterrolebindings", name | {"roleRef": role, "subjects": [user]})
+    stage.start_operator(stage.settings(pool={"isolation": "Namespace"}, timings={"deletionLimitSeconds": 300}))
+    stage.adapter(deletionPolicy="Delete")
+    stage.wait("the finalizer", lambda: stage.see_adapter()["metadata"].get("finalizers"))
+    path = f"/api/v1/namespaces/{stage.team}"
+    stage.api("DELETE", path)
     stage.wait("the namespace to go", lambda: stage.api.get(path) is None, 60)
     stage.api("POST", "/api/v1/namespaces", {"metadata": {"name": stage.team}})  # the stage deletes it at its end
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from claas_crds import names
 from claas_crds.reasons import Cause, Reason
+from claas_operator import status
 from claas_operator.actions import (
     Action,
     Bind,
@@ -25,6 +28,7 @@ from claas_operator.actions import (
 )
 from claas_operator.jobs import OPERATION_STEMS
 from claas_operator.plan import Plan
+from claas_operator.snapshot import Kind, Snapshot
 from operatorkit import (
     HOME,
     NOW,
@@ -731,6 +735,35 @@ def test_two_operations_in_trouble_are_told_once() -> None:
     assert "claas-mark-uidcoder-1 failed" in message
     assert "claas-restore-uidcoder-1 failed" in message
     assert not decide(after(going, say), *world, at=10).actions
+
+
+@pytest.mark.parametrize(
+    ("root", "kept"),
+    [(f"{PREFIX}coder/", 500), (PREFIX + "/".join(["ä" * 100] * 9) + "/", 200), (PREFIX + "&" * 200 + "/", 250)],
+    ids=["short", "long", "escaped"],
+)
+def test_the_longest_history_fits_into_etcd(root: str, kept: int) -> None:
+    """`keepLast: 500` holds where there is room for it; with long uris fewer are kept, and it stays writable."""
+    given = {"storage": {"uri": root}, "retention": {"keepLast": 500}}
+    name = root.split("/")[-2]
+    history = []
+    for seq in range(1, 601):
+        version = f"{name}-20260101-000000-{seq:08x}-a11"
+        at = format_time(NOW)
+        where = f"{root.removesuffix(f'{name}/')}{version}/"
+        history.append(
+            {"seq": seq, "version": version, "uri": where, "requestUid": "u" * 36, "at": at, "cause": "Trained"}
+        )
+    head = {"uri": history[-1]["uri"], "version": history[-1]["version"], "headSeq": 600, "history": history}
+    seen = Snapshot()
+    seen.put(Kind.ADAPTER, adapter(spec=given, status=head), NOW)
+    (read,) = seen.adapters.values()
+    assert read.spec is not None, read.problem
+    assert status.keep_last(read) >= kept
+    left = status.rolled_back(read, read.status.history[-2], frozenset(), NOW)["history"]
+    assert len(left) >= kept
+    text = json.dumps(left, ensure_ascii=False, separators=(",", ":")).replace("&", "\\u0026")  # as Go writes it
+    assert len(text.encode()) < 1_000_000
 
 
 def test_a_store_that_refuses_deletions_is_not_asked_in_a_hot_loop() -> None:
