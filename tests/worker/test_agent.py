@@ -155,6 +155,16 @@ def test_a_request_that_moved_on_is_not_claimed(stage: WorkerStage) -> None:
         assert not {"claim", "result", "progress"} & stage.status(name).keys()
 
 
+def test_a_request_of_another_pool_is_not_claimed(stage: WorkerStage) -> None:
+    ready(stage, CLAAS_POOL="l40s")
+    other, own = stage.bound(pool="a100"), stage.bound(pool="l40s")
+    assert stage.wait_result(own)["outcome"] == "Succeeded"
+    assert stage.wait_result(stage.bound())["outcome"] == "Succeeded", "one that names none is whose it is bound to"
+    assert not {"claim", "result", "progress"} & stage.status(other).keys()
+    told = {line["why"] for line in stage.lines() if line.get("uid") == stage.uid(other)}
+    assert told == {"spec.pool is a100, and this worker is of pool l40s"}
+
+
 def test_a_request_that_was_moved_away_and_back_is_run(stage: WorkerStage) -> None:
     """The same attempt, bound a second time here after the first claim was refused."""
     gate = Gate(stage.folder)

@@ -174,6 +174,11 @@ class Agent:
         if not self._is_new(request):
             return None
         who, kept = _who(request), False
+        if request.pool and self._settings.pool and request.pool != self._settings.pool:
+            # Bound by mistake or by somebody else than our operator, which moves it: another model may be meant.
+            why = f"spec.pool is {request.pool}, and this worker is of pool {self._settings.pool}"
+            log.warning("not claimed", extra=who | {"why": why})
+            return None
         try:
             self._lease.announce(request.uid)
             request = self._requests.claim(request)

@@ -113,6 +113,11 @@ class Bound:
         """What is run at most once by one worker."""
         return self.uid, self.attempt
 
+    @property
+    def pool(self) -> str:
+        """The pool that it names; empty: its adapter's, or the installation's default."""
+        return str((self.manifest.get("spec") or {}).get("pool") or "")
+
     def claimable(self, worker: str) -> bool:
         """Whether `worker` may claim it: bound here, not ended, no result of this attempt."""
         return self.worker == worker and self.attempt > 0 and not self.ended and not self.reported
