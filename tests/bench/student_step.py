@@ -89,10 +89,12 @@ SMOKE = (Case(1, 1, 80, 0), Case(3, 1, 70, 0), Case(1, 2, 90, 0))
 class MadeUpTeacher:
     """Answers at once, with random logprobs that depend on the response alone."""
 
+    timeout_s = 60.0
+
     def __init__(self, fingerprint: str, vocabulary: int) -> None:
         self._fingerprint, self._vocabulary = fingerprint, vocabulary
 
-    def info(self) -> TeacherInfo:
+    def info(self, **_: Any) -> TeacherInfo:
         """Of the student's tokenizer."""
         return TeacherInfo("made-up", self._fingerprint, self._vocabulary, TOP_K, None)
 

@@ -174,8 +174,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the gradient is not a mean",
-        "slope.div_(count), lm_head_weight, source.dtype)\n    total",
-        "slope, lm_head_weight, source.dtype)\n    total",
+        "slope.div_(count), lm_head_weight, source.dtype)\n    metrics",
+        "slope, lm_head_weight, source.dtype)\n    metrics",
     ),
     # Section 4: numbers
     Mutation("pg_loss forgets pgWeight", 'options.pg_weight * total["pg"]', 'total["pg"]'),
