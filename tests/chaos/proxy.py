@@ -75,6 +75,7 @@ class Fault:
     delay_seconds: float = 0.0
     then: Callable[[Call], None] | None = None
     hits: int = 0
+    answered: int = 0  # of these, what the server has carried out, however late
 
     def matches(self, call: Call) -> bool:
         return (
@@ -193,6 +194,8 @@ class Proxy:
                 ssl=identity or True,
                 allow_redirects=False,
             ) as answer:
+                if fault:
+                    fault.answered += 1
                 if fault and fault.cut == "after":
                     return self._abort(request, fault, call)
                 return await self._relay(call, request, answer)
