@@ -69,6 +69,7 @@ class Leader:
     snapshot: Snapshot
     apply: Apply
     heard: int
+    late: list[tuple[Kind, str, Raw]] = field(default_factory=list)  # requests' events: each kind has its own watch
     doing: dict[str, tuple[Action, Coroutine[Any, Any, None]]] = field(default_factory=dict)
 
 
@@ -217,6 +218,10 @@ class ControlPlaneModel(RuleBasedStateMachine):
         events = self.api.log[start : leader.heard + count]
         if order:
             random.Random(order).shuffle(events)
+        events, leader.late = [*leader.late, *events], []
+        if order % 2:
+            leader.late = [event for event in events if event[0] is Kind.REQUEST]
+            events = [event for event in events if event[0] is not Kind.REQUEST]
         for kind, how, raw in events:
             if how == "DELETED":
                 leader.snapshot.remove(kind, raw["metadata"]["uid"], self.now)
