@@ -15,7 +15,7 @@ from claas_crds import names
 from claas_crds.reasons import ConditionType, Reason, describe
 from claas_operator import status
 from claas_operator.actions import Action, Describe, Finalize, Note, StartDeletion, StopJob
-from claas_operator.operations import Answer, Desk
+from claas_operator.operations import Answer, Desk, each
 from claas_operator.permissions import not_permitted, permitted
 from claas_operator.references import References
 
@@ -80,7 +80,7 @@ def _destroy(desk: Desk, root: str, references: References) -> Iterator[Action]:
     kept = references.siblings(root, desk.adapter)
     arguments = [
         *("destroy", "--root", root),
-        *(("--keep", ",".join(sorted(kept))) if kept else ()),
+        *each("--keep-version", sorted(kept)),
         *("--adapter-uid", desk.adapter.uid),
         *("--grace-seconds", str(desk.settings.timings.orphan_grace_seconds)),
     ]

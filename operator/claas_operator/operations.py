@@ -170,6 +170,11 @@ class Desk:
         return failures
 
 
+def each(option: str, versions: Iterable[str]) -> list[str]:
+    """`option` once for every name: a name may hold a comma."""
+    return [word for name in versions for word in (option, name)]
+
+
 def operation_namespace(adapter: Adapter, settings: Settings) -> str:
     """Where the adapter's operation Jobs run. Jobs anywhere else are not ours, whatever their labels say."""
     pool = pool_of(adapter, settings)

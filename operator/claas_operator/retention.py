@@ -15,7 +15,7 @@ from typing import Final
 from claas_crds.reasons import ConditionType, Reason, describe
 from claas_operator import status
 from claas_operator.actions import Action, Collect, Describe, Forget, Note, OnAdapter, StartDeletion
-from claas_operator.operations import Answer, Desk
+from claas_operator.operations import Answer, Desk, each
 from claas_operator.references import References, beside
 from claas_operator.snapshot import CLOCK_SKEW, Adapter, parse_time
 from claas_store.uris import version_name
@@ -24,7 +24,7 @@ from claas_store.uris import version_name
 MANY_VERSIONS: Final = status.SURPLUS_VERSIONS
 # An answer holds the names of what was done, and an answer has 4 KiB.
 MAX_NAMES_CHARACTERS: Final = 2500
-# The kernel takes 128 KiB in one argument.
+# The kernel takes 128 KiB in one argument; all arguments lie in the Job, and so in one object of etcd.
 MAX_KNOWN_CHARACTERS: Final = 120_000
 # A store that refuses is asked again less often than one that a user waits for.
 PATIENCE: Final = 10.0
@@ -145,7 +145,7 @@ def _batch(versions: Sequence[str]) -> list[str]:
 
 
 def _arguments(command: str, root: str, versions: Sequence[str]) -> list[str]:
-    return [command, "--root", root, "--versions", ",".join(versions)]
+    return [command, "--root", root, *each("--version", versions)]
 
 
 def _tell(desk: Desk) -> Iterator[Action]:
@@ -186,7 +186,7 @@ def plan_sweep(desk: Desk, references: References) -> Iterator[Action]:
         arguments = [
             "sweep",
             *("--root", adapter.spec.storage.uri),
-            *("--known", known),
+            *each("--known-version", known),
             *("--grace-seconds", str(timings.orphan_grace_seconds)),
             *("--adapter-uid", adapter.uid),
             *(("--unended", unended) if unended else ()),
@@ -210,12 +210,12 @@ def _swept(adapter: Adapter, answer: Answer) -> Note | None:
     return Note(adapter, Reason.SWEPT, message, warning=False) if message else None
 
 
-def _known(adapter: Adapter, references: References) -> str:
+def _known(adapter: Adapter, references: References) -> list[str]:
     """Names of the versions of the adapter's family that somebody names; empty when they are too many to pass on."""
     root = adapter.spec.storage.uri if adapter.spec else ""
     ours = {entry.version for entry in adapter.status.history} | {*adapter.status.collecting, version_name(root)}
-    known = ",".join(sorted(ours | references.siblings(root, adapter)))
-    return known if len(known) < MAX_KNOWN_CHARACTERS else ""
+    known = sorted(ours | references.siblings(root, adapter))
+    return known if sum(map(len, known)) < MAX_KNOWN_CHARACTERS else []
 
 
 def sweep_soon(adapter: Adapter, grace_seconds: float, now: datetime) -> datetime | None:

@@ -111,7 +111,9 @@ class Shelf:
             own = {uri for uri in self.there if uri.startswith(root[:-1])}
             self.there -= own
             return {"ok": True}
-        versions = given["--versions"].split(",")
+        versions = [
+            value for option, value in zip(arguments[1::2], arguments[2::2], strict=True) if option == "--version"
+        ]
         uris = {beside(root, version) for version in versions}
         if command == "tombstone":
             self.dead |= uris

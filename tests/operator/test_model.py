@@ -309,23 +309,31 @@ class ControlPlaneModel(RuleBasedStateMachine):
     def run_operation(self, namespace: str, name: str, raw: Raw) -> None:
         arguments = raw["spec"]["template"]["spec"]["containers"][0]["args"]
         if (Kind.POD, namespace, f"{name}-x") not in self.api.objects:
-            self.api.add(
-                answer_pod(name, self.store(arguments[0], dict(zip(arguments[1::2], arguments[2::2], strict=True))))
-            )
+            self.api.add(answer_pod(name, self.store(arguments)))
             self.end_job(namespace, name, "Complete")
 
-    def store(self, command: str, given: dict[str, str]) -> Raw:
+    def store(self, arguments: list[str]) -> Raw:
         """What `claas_store` does and answers."""
+        command, given = arguments[0], dict(zip(arguments[1::2], arguments[2::2], strict=True))
         if command == "create":
             self.there.add(given["--uri"])
             return {"ok": True, "uri": given["--uri"], "version": given["--uri"].split("/")[-2], "sha256": "0"}
-        root, kept = given["--root"], given.get("--keep", "").split(",")
+        root, kept = (
+            given["--root"],
+            [
+                value
+                for option, value in zip(arguments[1::2], arguments[2::2], strict=True)
+                if option == "--keep-version"
+            ],
+        )
         if command == "destroy":
             own = {uri for uri in self.there if uri.startswith(root[:-1]) and uri.split("/")[-2] not in kept}
             self.nobody_needs(own)
             self.there -= own
             return {"ok": True}
-        versions = given["--versions"].split(",")
+        versions = [
+            value for option, value in zip(arguments[1::2], arguments[2::2], strict=True) if option == "--version"
+        ]
         uris = {beside(root, version) for version in versions}
         if command == "delete":
             assert uris & self.there <= self.dead, "deleted without a tombstone"

@@ -490,7 +490,7 @@ def test_others_keep_what_they_need_of_a_deleted_adapter() -> None:
     (start,) = about(decide(held_back(deleted=True), fork, other), StartDeletion)
     assert isinstance(start, StartDeletion)
     arguments = start.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments[3:5] == ["--keep", "coder-20260101-000000-0123abcd"], "a namesake's are none of its own"
+    assert arguments[3:5] == ["--keep-version", "coder-20260101-000000-0123abcd"], "a namesake's are none of its own"
 
 
 LATER_ONE = "coder-20260101-000000-0123abcd"
@@ -649,7 +649,7 @@ def test_a_collection_marks_then_looks_again_then_deletes_then_forgets() -> None
     assert isinstance(mark, StartJob)
     assert not isinstance(mark, StartDeletion)
     arguments = mark.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments == ["tombstone", "--root", uri("coder"), "--versions", "v0,v1"]
+    assert arguments == ["tombstone", "--root", uri("coder"), "--version", "v0", "--version", "v1"]
     marked = answered("tombstone", {"ok": True, "done": ["v0", "v1"]})
     (delete,) = about(decide(going, *marked), StartJob)
     assert isinstance(delete, StartDeletion), "after a live look at who needs what"
@@ -674,7 +674,7 @@ def test_what_was_needed_at_the_last_look_is_given_back_and_the_rest_goes() -> N
     assert delete.versions == {"v1"}
     assert isinstance(restore, StartJob)
     arguments = restore.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments == ["restore", "--root", uri("coder"), "--versions", "v0"]
+    assert arguments == ["restore", "--root", uri("coder"), "--version", "v0"]
     deleted, restored = (answered(what, {"ok": True, "done": [v]}) for what, v in (("delete", "v1"), ("restore", "v0")))
     left = after(going, about(decide(going, *others, *deleted, *restored), Forget)[0])
     back = only(decide(left, *others, *deleted, *restored), Describe)
@@ -796,8 +796,9 @@ def test_orphans_are_looked_for_once_a_day_with_every_name_that_anybody_knows() 
     starts = [a for a in about(decide(two, bare, at=day), StartJob) if "sweep" in a.about]
     assert isinstance(starts[0], StartJob)
     arguments = starts[0].manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    known = "coder,coder-20260101-000000-0123abcd,coder-20260202-000000-0123abcd"
-    given = ["--root", uri("coder"), "--known", known, "--grace-seconds", "86400", "--adapter-uid", "uid-coder"]
+    known = [*history, "coder-20260202-000000-0123abcd"]
+    named = [word for name in known for word in ("--known-version", name)]
+    given = ["--root", uri("coder"), *named, "--grace-seconds", "86400", "--adapter-uid", "uid-coder"]
     assert arguments == ["sweep", *given, "--unended", "uid-r"]
     done = answered("sweep", {"ok": True, "interrupted": 2, "orphans": 0, "uploads": 1, "kept": 5})
     for raw in done:
