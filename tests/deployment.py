@@ -175,11 +175,11 @@ def _own_values(kubectl: Kubectl, cluster: Cluster, full: bool) -> dict[str, Any
         # The kubelet changes a local volume's group at its first writable mount only, so ours are the Pods' from birth.
         shutil.chown(folder / name, 1000, 1000)
     kubectl.apply(
-        *_volume("claas-deps", bootstrap.dependencies(), "ReadOnlyMany"),
-        *_volume("demo-source", models.smollm2_dir(), "ReadOnlyMany"),
-        *_volume("demo-student", folder / "student", "ReadWriteMany", ["l40s"]),
-        *_volume("demo-teacher", folder / "teacher", "ReadWriteMany", ["a100"]),
-        *_volume("demo-s3", folder / "s3", "ReadWriteOnce", ["a100"]),
+        *volume("claas-deps", bootstrap.dependencies(), "ReadOnlyMany"),
+        *volume("demo-source", models.smollm2_dir(), "ReadOnlyMany"),
+        *volume("demo-student", folder / "student", "ReadWriteMany", ["l40s"]),
+        *volume("demo-teacher", folder / "teacher", "ReadWriteMany", ["a100"]),
+        *volume("demo-s3", folder / "s3", "ReadWriteOnce", ["a100"]),
     )
     # The images keep their names, so Pods of earlier code must be told to go.
     build = {"podAnnotations": {"claas.dev/build": images.sources_key()}}
@@ -208,21 +208,24 @@ def _own_values(kubectl: Kubectl, cluster: Cluster, full: bool) -> dict[str, Any
     }
 
 
-def _volume(name: str, path: Path, mode: str, on: list[str] | None = None) -> list[Object]:
+def volume(
+    name: str, path: Path, mode: str, on: list[str] | None = None, *, namespace: str = NAMESPACE
+) -> list[Object]:
     """A folder of this machine, which the nodes see, as a bound volume and claim."""
     spec = {"accessModes": [mode], "storageClassName": "", "volumeMode": "Filesystem"}
+    whole = name if namespace == NAMESPACE else f"{namespace}-{name}"
     where = {"key": "kubernetes.io/hostname", "operator": "In", "values": on or ["l40s", "a100"]}
     volume = {
-        "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name},
+        "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": whole},
         "spec": {
             **spec, "capacity": {"storage": "20Gi"}, "persistentVolumeReclaimPolicy": "Retain",
             "local": {"path": str(path.resolve())},
             "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [where]}]}},
-            "claimRef": {"namespace": NAMESPACE, "name": name},
+            "claimRef": {"namespace": namespace, "name": name},
         },
     }  # fmt: skip
     claim = {
-        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name, "namespace": NAMESPACE},
-        "spec": {**spec, "volumeName": name, "resources": {"requests": {"storage": "20Gi"}}},
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name, "namespace": namespace},
+        "spec": {**spec, "volumeName": whole, "resources": {"requests": {"storage": "20Gi"}}},
     }  # fmt: skip
     return [volume, claim]
