@@ -61,11 +61,11 @@ class Retention(Model):
     """How many old versions stay."""
 
     keep_last: int = Field(
-        # The history of more, with the longest uris, would not fit into one object of etcd (1.5 MiB).
         10,
         ge=1,
-        le=500,
-        description="Versions kept besides those still referenced; older ones are collected.",
+        le=1000,
+        description="Versions kept besides those still referenced; older ones are collected. With very long uris fewer "
+        "are kept: as many as one object can name.",
     )
 
 

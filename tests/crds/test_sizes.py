@@ -8,9 +8,11 @@ import kubernetes
 
 from claas_crds import names
 from claas_crds.adapter import HistoryEntry, Retention
-from claas_operator.status import SURPLUS_VERSIONS
+from claas_operator.snapshot import Adapter, Kind, Snapshot
+from claas_operator.status import SURPLUS_VERSIONS, keep_last
+from operatorkit import later
 
-MOST_KEPT = 500
+MOST_KEPT = 1000
 LONGEST_URI = 1024
 LONGEST_NAME = 253
 
@@ -19,12 +21,13 @@ def test_the_longest_history_of_the_longest_uris(api: kubernetes.client.CustomOb
     uri = f"s3://bucket/{'a' * 200}/{'b' * 250}/{'c' * 250}/"
     tail = "d" * (LONGEST_URI - len(uri) - 1)
     where = (names.GROUP, names.VERSION, namespace, names.ADAPTER_PLURAL)
+    longest = f"{uri}{tail}/"
     spec = {
         "baseModel": "Qwen/Qwen2.5-Coder-3B-Instruct",
-        "storage": {"uri": f"{uri}{'e' * 100}/"},
+        "storage": {"uri": longest},
         "retention": Retention(keep_last=MOST_KEPT).model_dump(by_alias=True),
     }
-    api.create_namespaced_custom_object(
+    created = api.create_namespaced_custom_object(
         *where,
         {
             "apiVersion": f"{names.GROUP}/{names.VERSION}",
@@ -33,12 +36,16 @@ def test_the_longest_history_of_the_longest_uris(api: kubernetes.client.CustomOb
             "spec": spec,
         },
     )
+    adapter = Snapshot().put(Kind.ADAPTER, created, later(0))
+    assert isinstance(adapter, Adapter)
+    kept = keep_last(adapter)
+    assert 400 < kept < MOST_KEPT
     at = "2026-11-25T12:00:00.000000Z"
     entry = HistoryEntry(
-        seq=10**6, version="v" * LONGEST_NAME, uri=f"{uri}{tail}/", request_uid="u" * 36, at=at, cause="RolledBack"
+        seq=10**6, version="v" * LONGEST_NAME, uri=longest, request_uid="u" * 36, at=at, cause="RolledBack"
     ).model_dump(by_alias=True, mode="json", exclude_none=True)
     collecting = [f"{number:04}{'v' * (LONGEST_NAME - 4)}" for number in range(SURPLUS_VERSIONS)]
-    history = [entry] * (MOST_KEPT + SURPLUS_VERSIONS + len(collecting))
+    history = [entry] * (kept + SURPLUS_VERSIONS + len(collecting))
     status = {"uri": entry["uri"], "version": entry["version"], "headSeq": 10**6, "history": history}
 
     stored = api.patch_namespaced_custom_object_status(*where, "long", {"status": {**status, "collecting": collecting}})
