@@ -25,6 +25,7 @@ sys.path[:0] = PACKAGES
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from student_step import QWEN_3B  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
 from tokenizers.pre_tokenizers import Whitespace  # noqa: E402
@@ -34,17 +35,7 @@ from claas_crds.adapter import Lora  # noqa: E402
 from claas_store.create import create_adapter  # noqa: E402
 
 BASE = "random"
-REAL = {
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151_936,
-    "max_position_embeddings": 32_768,
-    "tie_word_embeddings": True,
-}
-SMALL = {**REAL, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 1000}
+SMALL = {**QWEN_3B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 1000}
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
@@ -60,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         scratch = Path(folder)
-        model = write_model(scratch / "model", SMALL if options.small else REAL)
+        model = write_model(scratch / "model", SMALL if options.small else QWEN_3B)
         os.environ["CLAAS_FILE_ROOTS"] = str(scratch)
         uri = create_adapter(f"file://{scratch}/adapter/", BASE, model, Lora(), "0b6c7d6e").uri
         request = scratch / "request.yaml"
