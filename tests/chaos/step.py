@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from claas_crds.reasons import Outcome, Reason
-from claas_crds.request import Metadata, Result, Timings
+from claas_crds.request import Result, Timings
 from claas_store import uris
 from claas_store.version import Manifest, ParentVersion, TeacherUsed, read_version, write_version
 from claas_teacher.client import TeacherClient
@@ -19,18 +19,8 @@ from claas_worker.adoption import made_before
 from claas_worker.config import StepSettings
 from claas_worker.errors import EmptyResponse
 from claas_worker.job import PHASES, Job, Report, Step, now
+from instant_worker import NUMBERS
 
-NUMBERS = Metadata(
-    total_loss=0.1,
-    pg_loss=0.05,
-    jsd_reg=0.05,
-    mean_advantage=-0.05,
-    frac_positive_advantage=0.4,
-    mean_is_ratio=1.0,
-    clip_fraction=0.0,
-    grad_norm=0.5,
-    tokens_processed=7,
-)
 GATE_SECONDS, SLOW_SECONDS = 120.0, 0.7
 
 
