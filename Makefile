@@ -69,7 +69,7 @@ learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (h
 	$(PY) -m learning verdict --out build/learning.json
 
 .PHONY: fuzz-api
-fuzz-api: env ## ten thousand generated calls of the REST API (five minutes)
+fuzz-api: env ## ten thousand generated calls of the REST API (8 minutes on a busy machine)
 	CLAAS_FUZZ_EXAMPLES=600 $(PY) -m pytest tests/shim/test_fuzz.py -q -s --stress
 
 .PHONY: bench-api
@@ -82,7 +82,7 @@ bench-student: env ## the training step on a GPU against plain PEFT: times, equa
 	$(PY) tests/bench/student_step.py --exact --profile --mixed 60 --out build/student.json
 
 .PHONY: bench-operator
-bench-operator: python ## 1,000, 10,000 and 30,000 requests through the operator and real agents, judged (an hour, on an idle machine)
+bench-operator: python ## 1,000, 10,000 and 30,000 requests through the operator and real agents, judged (long, and on an idle machine)
 	@python3.11 tests/prepare.py --tests
 	@mkdir -p build && rm -f build/operator-load.json
 	$(PY) tests/bench/operator_load.py run --requests 1000
