@@ -33,8 +33,10 @@ log = logging.getLogger(__name__)
 
 # More writes at once than this only queue up in the API server.
 MAX_IN_FLIGHT: Final = 64
-# Of these, the ones that only tell people what a request waits for: nobody's step may wait for them.
-MAX_TELLING: Final = 8
+# Writes that only tell people what a request waits for: one at a time and so rarely, until nothing else was written for
+# a while; a queue of thousands would make the work that it waits for slower. `plan` names no more than MAX_TELLING.
+TELLING_SECONDS: Final = 0.1
+QUIET_SECONDS: Final = 1.0
 # A write that failed is tried again after this, doubled each time.
 COOL_BASE_SECONDS: Final = 0.2
 COOL_CAP_SECONDS: Final = 30.0
@@ -62,6 +64,7 @@ class Loop:
         self._cooling: dict[str, _Cooling] = {}
         self._skipped: dict[str, int] = {}  # uid and resourceVersion that were complained about
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._worked_at = self._told_at = 0.0  # when a write last began that does more than tell, or only tells
         self._beat = 0.0
         self.leader = Leader(
             api, settings, self._leadership_changed, lambda: owner_references(settings, self.snapshot.owner_uid)
@@ -143,17 +146,11 @@ class Loop:
                 if self._skipped.get(entry.uid) != entry.version:
                     self._skipped[entry.uid] = entry.version
                     log.error("nothing decided", extra={"object": str(entry), "error": type(error).__name__})
-            telling = sum(isinstance(action, Say) for action in self.snapshot.in_flight.values())
             for action in made.actions:
                 if len(self._tasks) >= MAX_IN_FLIGHT:
                     break  # the first of them to end wakes us
-                if isinstance(action, Say):
-                    if telling >= MAX_TELLING:
-                        continue
-                    telling += 1
-                cooling = self._cooling.get(action.key)
-                if cooling and cooling.until > started:
-                    timeout = min(timeout, cooling.until - started)
+                if wait := self._wait(action, started):
+                    timeout = min(timeout, wait)
                 elif action.key not in self._tasks:
                     self._start(action)
             self._metrics.workqueue_depth.set(len(self._tasks.keys() | {action.key for action in made.actions}))
@@ -162,7 +159,19 @@ class Loop:
             spent = loop.time() - started
             await asyncio.sleep(spent / PLAN_SHARE - spent)
 
+    def _wait(self, action: Action, now: float) -> float:
+        """Seconds until an action may go; it is planned again then."""
+        cooling = self._cooling.get(action.key)
+        wait = cooling.until - now if cooling else 0.0
+        if isinstance(action, Say) and now < self._worked_at + QUIET_SECONDS:
+            wait = max(wait, self._told_at + TELLING_SECONDS - now)
+        return max(0.0, wait)
+
     def _start(self, action: Action) -> None:
+        if isinstance(action, Say):
+            self._told_at = asyncio.get_running_loop().time()
+        else:
+            self._worked_at = asyncio.get_running_loop().time()
         self.snapshot.in_flight[action.key] = action
         task = asyncio.create_task(self._do(action), name=f"{type(action).__name__} {action.about}")
         self._tasks[action.key] = task

@@ -46,9 +46,10 @@ from claas_store.uris import is_beside, parent_folder, version_name
 
 # A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.
 FRESH_PROBES: Final = 5
-# One plan ends, tells and deletes at most so many each: the loop writes no more at a time, and building
-# ten thousand patches would hold up whoever waits for a worker.
+# One plan ends and deletes at most so many each: the loop writes no more at a time, and building ten thousand patches
+# would hold up whoever waits for a worker. Fewer at a time only tell: nobody's step may wait behind them.
 MAX_PER_PLAN: Final = 64
+MAX_TELLING: Final = 8
 # Of an adapter or a bare request that no waiting can mend: the request ends.
 _LASTING: Final = (Reason.UNKNOWN_POOL, Reason.BASE_MODEL_MISMATCH, Reason.STORAGE_DENIED)
 
@@ -115,13 +116,14 @@ class _Planner:
     refusals: dict[str, tuple[Reason, str] | None] = field(default_factory=dict)
     quotas: dict[str, _Quota] = field(default_factory=dict)
     left: Counter[type[Action]] = field(
-        default_factory=lambda: Counter(dict.fromkeys((Say, End, DeleteRequest), MAX_PER_PLAN))
+        default_factory=lambda: Counter({End: MAX_PER_PLAN, DeleteRequest: MAX_PER_PLAN, Say: MAX_TELLING})
     )
     wake_at: datetime | None = None
     teacher_wanted: bool = False
     skipped: list[tuple[Entry, Exception]] = field(default_factory=list)
 
     def run(self) -> Plan:
+        self.left[Say] -= sum(isinstance(action, Say) for action in self.snapshot.in_flight.values())
         fleet = survey(self.snapshot, self.settings, self.now, self.wake)
         # More than these could not run, whatever is decided.
         places = sum(worker.slots for workers in fleet.ready.values() for worker in workers if worker.slots > 0)
@@ -191,7 +193,7 @@ class _Planner:
         for request in queue:
             if request.says == Reason.ADAPTER_BUSY or request.uid in but:
                 continue
-            if not self.left[Say] or not self._due(request.created + self._delay):
+            if self.left[Say] <= 0 or not self._due(request.created + self._delay):
                 break  # the younger ones have not waited for long either
             if request.uid not in self.snapshot.in_flight:
                 self._say(request, Reason.ADAPTER_BUSY, describe(Reason.ADAPTER_BUSY))
@@ -516,7 +518,7 @@ class _Planner:
 
     def _takes(self, kind: type[Action]) -> bool:
         """Whether this plan has room for one more of what there may be thousands of; the next plan takes the rest."""
-        if not self.left[kind]:
+        if self.left[kind] <= 0:
             return False
         self.left[kind] -= 1
         return True
