@@ -110,7 +110,7 @@ class TrainingStep:
         attempts = [Attempt(job, report) for job, report in tasks]
         with contextlib.ExitStack() as held:
             self._take_residents(attempts, held)
-            _each(attempts, _adopt)
+            _each(attempts, self._adopt)
             _each(attempts, self._read, "Loading")
             for attempt in _alive(attempts):
                 with attempt:
@@ -123,6 +123,13 @@ class TrainingStep:
             self._train(attempts)
             _each(attempts, self._save, "Saving")
         return [attempt.end() for attempt in attempts]
+
+    def _adopt(self, attempt: Attempt) -> None:
+        """Ends it with the version of an earlier attempt that died between manifest and report, if there is one."""
+        if version := made_before(attempt.job, self._student.bank.largest_bytes):
+            attempt.clock.lap("load_ms")
+            end = (Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri, version.manifest.metadata, attempt.clock.timings())
+            attempt.outcome = _result(attempt.job, *end)
 
     def _take_residents(self, attempts: Sequence[Attempt], held: contextlib.ExitStack) -> None:
         """What is still in memory of the versions to train, out of the bank; what is not used goes back."""
@@ -664,14 +671,6 @@ class Clock:
     def timings(self) -> Timings:
         """The phases so far."""
         return Timings(**self._laps)
-
-
-def _adopt(attempt: Attempt) -> None:
-    """Ends it with the version of an earlier attempt that died between its manifest and its report, if there is one."""
-    if version := made_before(attempt.job):
-        attempt.clock.lap("load_ms")
-        end = (Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri, version.manifest.metadata, attempt.clock.timings())
-        attempt.outcome = _result(attempt.job, *end)
 
 
 def _samples(job: Job) -> Sequence[Sample]:
