@@ -20,7 +20,9 @@ from claas_operator.snapshot import Adapter, Job, Snapshot
 from claas_store.uris import version_name
 
 # The store has said that a first version cannot be: nothing is tried again before the adapter changes.
-_LASTING: Final = (Reason.CREATE_FAILED, Reason.ADAPTER_INVALID)
+_LASTING: Final = (Reason.CREATE_FAILED, Reason.ADAPTER_INVALID, Reason.VERSION_COLLECTED)
+# Of these, what is wrong with a source: the user's to mend.
+_OF_THE_SOURCE: Final = (Reason.ADAPTER_INVALID, Reason.VERSION_COLLECTED)
 # So many names of versions are shown to somebody who asked for one that is not there.
 _SHOWN_VERSIONS: Final = 10
 
@@ -185,12 +187,12 @@ def _is_asked_for(answer: Answer, adapter: Adapter) -> bool:
 
 
 def _failure(adapter: Adapter, answer: Answer) -> tuple[Reason, str]:
-    """What is wrong with a source is the user's to mend and has its own reason."""
+    """What is wrong with a source has its own reason."""
     if answer.ok:
         message = "the create Job answered with another uri than spec.storage.uri; nothing was taken over"
         return Reason.CREATE_FAILED, message
-    if adapter.init_from and answer.reason == Reason.ADAPTER_INVALID:
-        return Reason.ADAPTER_INVALID, answer.message
+    if adapter.init_from and answer.reason in _OF_THE_SOURCE:
+        return Reason(answer.reason), answer.message
     return Reason.CREATE_FAILED, f"{answer.reason}: {answer.message}"
 
 

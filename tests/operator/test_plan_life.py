@@ -281,17 +281,19 @@ def test_a_fork_that_was_made_is_trained_also_when_forking_is_no_longer_allowed(
     assert about(decide(forked, request("r"), *workers(WORKER)), Lock)
 
 
-def test_what_is_wrong_with_a_source_has_its_own_reason_and_requests_say_it() -> None:
+@pytest.mark.parametrize("reason", [Reason.ADAPTER_INVALID, Reason.VERSION_COLLECTED])
+def test_what_is_wrong_with_a_source_has_its_own_reason_and_requests_say_it(reason: Reason) -> None:
     new = adapter(head=0, spec={"initFrom": {"uri": f"{PREFIX}theirs/"}})
-    bad = {"ok": False, "reason": "AdapterInvalid", "message": "key x.lora_A.weight is missing", "retryable": False}
+    bad = {"ok": False, "reason": reason.value, "message": "key x.lora_A.weight is missing", "retryable": False}
     say = only(decide(new, *answered("create", bad)), Describe)
     assert isinstance(say, Describe)
     ready = condition(say.status, "Ready")
-    assert (ready["reason"], ready["message"]) == (Reason.ADAPTER_INVALID, "key x.lora_A.weight is missing")
+    assert (ready["reason"], ready["message"]) == (reason, "key x.lora_A.weight is missing")
     assert say.note is not None
+    assert not decide(after(new, say), *answered("create", bad)).actions, "nothing is tried again"
     waiting = about(decide(after(new, say), request("r"), at=60), Say)[0]
     assert isinstance(waiting, Say)
-    assert "AdapterInvalid: key x.lora_A.weight is missing" in waiting.status["conditions"][-1]["message"]
+    assert f"{reason}: key x.lora_A.weight is missing" in waiting.status["conditions"][-1]["message"]
 
 
 NOTHING_THERE = {"ok": False, "reason": "AdapterInvalid", "message": "nothing there", "retryable": False}
