@@ -144,12 +144,12 @@ class ControlPlane:
         self._spawn("kube-apiserver", command)
         self.kubeconfig = self.kubeconfig_of("admin", ["system:masters"])
         self.api = Api(self.url, authority.certificate, authority.issue("admin", "admin", groups=["system:masters"]))
-        if self._controllers:
-            kubeconfig = self.kubeconfig_of("system:kube-controller-manager")
-            self._spawn("kube-controller-manager", controller_manager_command(kube, authority, kubeconfig))
         logs = [self.logs / name for name in self.processes]
         wait_for("the API server", self.api.ready, START_SECONDS, needs=self.processes, logs=logs)
-        if self._controllers:
+        if self._controllers:  # which give up on an API server that takes ten seconds to answer
+            kubeconfig = self.kubeconfig_of("system:kube-controller-manager")
+            self._spawn("kube-controller-manager", controller_manager_command(kube, authority, kubeconfig))
+            logs.append(self.logs / "kube-controller-manager")
             account = "/api/v1/namespaces/default/serviceaccounts/default"
             what = "the controller manager (service account `default`)"
             wait_for(what, lambda: bool(self.api.get(account)), START_SECONDS, needs=self.processes, logs=logs)
