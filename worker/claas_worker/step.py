@@ -178,6 +178,7 @@ class TrainingStep:
         ]
         bank, key = self._student.bank, _new_uri(attempt.job)
         resident, attempt.resident = attempt.resident, None
+        attempt.cached = resident is not None
         if resident is None:
             bank.add(
                 key, attempt.parent.config, attempt.parent.tensors
@@ -389,6 +390,7 @@ class Attempt:
         self.outcome: Result | Exception | None = None
         self.inner_steps_left = self.training.inner_steps
         self.resident: Adapter | None = None  # the version to train, as it was left in memory; until it is prepared
+        self.cached = False  # whether it was
         self.stands_for = ""  # the version whose weights and moments the adapter holds, where the engine keeps it
         self.tensors: Mapping[str, NDArray[np.float32]] | None = None  # the new weights, if they are at hand already
         self._update_norm = 0.0
@@ -413,7 +415,8 @@ class Attempt:
 
     def succeed(self, outcome: Outcome, reason: Reason, lora_uri: str) -> None:
         """Ends well."""
-        self.outcome = _result(self.job, outcome, reason, lora_uri, self.metadata, self.clock.timings())
+        result = _result(self.job, outcome, reason, lora_uri, self.metadata, self.clock.timings())
+        self.outcome = result.model_copy(update={"adapter_cached": self.cached})
 
     def questions(self) -> list[Question]:
         """Each sample as both sides see it."""
