@@ -28,6 +28,7 @@ from claas_operator.relist import relist, selectors
 from claas_operator.settings import Settings
 from claas_operator.snapshot import Entry, Kind, Snapshot
 from claas_operator.teacher import TeacherProbe
+from claas_operator.territory import EVERY, Territory, survey
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Loop:
         self._wake, self._look = asyncio.Event(), asyncio.Event()
         self._relist_now = asyncio.Event()
         self._synced = False  # whether the snapshot is known to be whole, since we lead
+        self._take(Territory(frozenset(settings.watch_namespaces)))
         self._cooling: dict[str, _Cooling] = {}
         self._skipped: dict[str, int] = {}  # uid and resourceVersion that were complained about
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -234,6 +236,9 @@ class Loop:
     async def _relist(self) -> None:
         leading = self.leader.leading()
         await self._find_owner()
+        found = await survey(self._api, self._territory.own, self.settings.cluster_role)
+        if found != self._territory:
+            self._take(found)
         await relist(self._api, self.snapshot, selectors(self.settings))
         now, here = asyncio.get_running_loop().time(), self.snapshot
         self._cooling = {key: c for key, c in self._cooling.items() if now < c.until + FORGET_SECONDS}
@@ -242,6 +247,15 @@ class Loop:
             self._synced = True
             log.info("synced", extra={kind.value: len(here.table(kind)) for kind in Kind})
         self._wake.set()
+
+    def _take(self, found: Territory) -> None:
+        """Decides about these namespaces from now on."""
+        self._territory = found
+        self.snapshot.serves = found.serves
+        for namespace, role in found.taken.items():
+            which = "every namespace that this release names" if namespace == EVERY else f"namespace {namespace}"
+            why = f"an older release (ClusterRole {role}) serves {which}: set watchNamespaces of both"
+            log.error("namespaces taken", extra={"namespaces": namespace, "clusterRole": role, "why": why})
 
     async def _find_owner(self) -> None:
         if self.settings.owner is None or self.snapshot.owner_uid is not None:

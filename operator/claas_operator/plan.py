@@ -129,6 +129,8 @@ class _Planner:
         places = sum(worker.slots for workers in fleet.ready.values() for worker in workers if worker.slots > 0)
         places += sum(pool.max_workers * pool.batch for pool in self.settings.pools)
         for line, queue in self.snapshot.queues.items():
+            if not self.snapshot.serves(line[0]):
+                continue
             at_work = self.snapshot.at_work.get(line, {})
             with self._apart(queue[0]):
                 if queue[0].bare:
@@ -142,7 +144,7 @@ class _Planner:
         operations = Registry(self.snapshot.jobs.values(), self.snapshot.pods.values())
         references = References(self.snapshot.named, self.settings)
         for adapter in self.snapshot.adapters.values():
-            if adapter.uid in self.snapshot.in_flight:
+            if adapter.uid in self.snapshot.in_flight or not self.snapshot.serves(adapter.namespace):
                 continue
             with self._apart(adapter):
                 desk = operations.desk(adapter, self.snapshot, self.settings, self.now, self.wake)
@@ -531,7 +533,8 @@ class _Planner:
             request = self.snapshot.requests[uid]
             if request.used_ms and self.settings.tenant(request.namespace).max_gpu_seconds_per_day:
                 at = day_after(request.used_at)
-            if self._due(at) and uid not in self.snapshot.in_flight and self._takes(DeleteRequest):
+            ours = self.snapshot.serves(request.namespace) and uid not in self.snapshot.in_flight
+            if ours and self._due(at) and self._takes(DeleteRequest):
                 self.last.append(DeleteRequest(request=request))
 
     # Quotas

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -272,6 +272,8 @@ class Snapshot:
     teacher: TeacherHealth | None = None
     # Start of unbroken contact with the API server: a Lease may look stale only because we saw nothing.
     contact_since: datetime = EPOCH
+    # Whether we decide about what is in a namespace, or another release does. Objects are known wherever they are.
+    serves: Callable[[str], bool] = lambda namespace: True
     # uid of the operator's Deployment, which owns the Jobs of the release's namespace.
     owner_uid: str | None = None
     # Actions that are being applied, by their key: `plan` leaves what they touch alone and counts what they take.
@@ -383,9 +385,10 @@ class Snapshot:
         return found if isinstance(found, Lease) and found.holder == pod.uid else None
 
     def unended(self) -> Iterator[Request]:
-        """Every request that has not ended."""
-        for queue in self.queues.values():
-            yield from queue
+        """Every request that has not ended and is ours to serve."""
+        for (namespace, _), queue in self.queues.items():
+            if self.serves(namespace):
+                yield from queue
 
     def _index(self, entry: AnyEntry, now: datetime) -> None:
         if isinstance(entry, Request):
