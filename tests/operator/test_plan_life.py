@@ -429,6 +429,16 @@ def test_the_way_out_is_to_retain() -> None:
     assert finalizers(decide(kept)) == ()
 
 
+def test_an_adapter_whose_spec_nobody_here_can_read_goes_and_says_so() -> None:
+    """An object of a later release, after a downgrade: what it wanted is not guessed at."""
+    stored = held_back(deleted=True)
+    stored["spec"] = stored["spec"] | {"baseModel": ""}
+    change = only(decide(stored), Finalize)
+    assert change.note is not None
+    assert change.note.reason == Reason.VERSIONS_LEFT
+    assert "its stored spec does not fit this release (baseModel" in change.note.message.replace("spec.", "")
+
+
 def test_a_deletion_that_is_called_off_stops_its_job_first() -> None:
     """Or it would go on deleting what the next adapter at that uri has made by then."""
     kept = held_back(deleted=True)

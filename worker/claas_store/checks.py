@@ -46,7 +46,8 @@ PLAIN_VALUES: Final[Mapping[str, tuple[object, ...]]] = {
 # What one rank, one alpha and a list of layers' names cannot say; a server that reads only these would be wrong.
 PATTERN_FIELDS: Final = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules")
 
-_MAX_PATTERNS = 512
+_MAX_PATTERNS = 256  # of ranks, and as many of alphas: Python's `re` keeps 512 compiled
+_MAX_NAMES = 512  # in a list, each of which is looked for in every module's name
 _MAX_PATTERN_CHARACTERS = 1024
 _NAME_CHARACTERS = 64  # of a module; a repetition may end at each of them
 _MAX_ALTERNATIVES = 8  # beside as many repetitions as there may be; more of them with fewer
@@ -95,6 +96,9 @@ def check_expressions(what: str, config: Mapping[str, Any]) -> None:
     Raises:
         VersionInvalid: one could; the message begins with `what` and names the field.
     """
+    for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        if isinstance(names := config.get(field), list) and len(names) > _MAX_NAMES:
+            raise VersionInvalid(f"{what}: {field} lists {len(names)}, at most {_MAX_NAMES} can be")
     for field in ("target_modules", "exclude_modules"):
         if isinstance(expression := config.get(field), str):  # a list holds plain names
             _check_expressions(f"{what}: {field}", [expression], 3)

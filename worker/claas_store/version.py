@@ -44,6 +44,7 @@ from claas_store.limits import (
     MAX_OBJECT_BYTES,
     MAX_OPTIMIZER_BYTES,
     MAX_RANK,
+    MAX_STEPS,
 )
 from claas_store.stores import Store, open_store
 from claas_store.tombstone import MANIFEST, read_tombstone, refuse_collected
@@ -388,8 +389,8 @@ def parse_optimizer(data: bytes, uri: str) -> OptimizerState:
 
 class _OptimizerHeader(StatusModel):
     schema_version: Literal[1]
-    step: int = Field(ge=0)
-    rank: int = Field(ge=1)
+    step: int = Field(ge=0, le=MAX_STEPS)
+    rank: int = Field(ge=1, le=MAX_RANK)
     target_modules: list[str]
 
 
