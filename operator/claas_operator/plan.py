@@ -32,7 +32,7 @@ from claas_operator.actions import (
     Retry,
     Say,
 )
-from claas_operator.adapters import plan_adapter, refuses
+from claas_operator.adapters import FAR, may_be_freed, plan_adapter, refuses, rests_until
 from claas_operator.operations import Registry, pool_of
 from claas_operator.permissions import may_read, not_permitted, permitted
 from claas_operator.references import References
@@ -147,11 +147,25 @@ class _Planner:
             if adapter.uid in self.snapshot.in_flight or not self.snapshot.serves(adapter.namespace):
                 continue
             with self._apart(adapter):
+                if self._rests(adapter):
+                    continue
                 desk = operations.desk(adapter, self.snapshot, self.settings, self.now, self.wake)
                 self.first += plan_adapter(desk, references)
         self.first += fences(self.snapshot, self.settings, self.now, self.wake)
         actions = [a for a in (*self.first, *self.then, *self.last) if a.key not in self.snapshot.in_flight]
         return Plan(actions, self.wake_at, self.teacher_wanted, self.skipped)
+
+    def _rests(self, adapter: Adapter) -> bool:
+        """Whether there is nothing to do about an adapter before a time that is still to come."""
+        known = self.snapshot.rests.get(adapter.uid)
+        if known is None or known[0] is not adapter or known[1] is not self.settings:
+            known = self.snapshot.rests[adapter.uid] = (adapter, self.settings, rests_until(adapter, self.settings))
+        until = known[2]
+        if until is None or until <= self.now or may_be_freed(adapter, self.snapshot, self.settings):
+            return False
+        if until < FAR:
+            self.wake(until)
+        return True
 
     @contextlib.contextmanager
     def _apart(self, entry: Entry) -> Iterator[None]:

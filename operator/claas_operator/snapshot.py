@@ -24,6 +24,7 @@ from claas_crds.model import Condition, explain, refusal
 from claas_crds.reasons import ConditionType, Outcome, Reason
 from claas_crds.request import DistillRequestSpec, DistillRequestStatus, Result
 from claas_operator.references import Index
+from claas_operator.settings import Settings
 from claas_operator.usage import Usage
 
 Raw = Mapping[str, Any]
@@ -297,6 +298,8 @@ class Snapshot:
     # When an ended request's time to live is over, and its uid, in this order.
     expiring: list[tuple[datetime, str]] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
+    # Until when `plan` has found nothing to do about an adapter: with the entry and the settings that it looked at.
+    rests: dict[str, tuple[Adapter, Settings, datetime | None]] = field(default_factory=dict)
     served: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     # Who names which version.
     named: Index = field(default_factory=Index)
@@ -353,6 +356,7 @@ class Snapshot:
 
     def _forget(self, kind: Kind, uid: str) -> None:
         entry = self.table(kind).pop(uid, None)
+        self.rests.pop(uid, None)
         if entry is not None:
             self._unindex(entry)
             name = (kind, entry.namespace, entry.name)
