@@ -31,6 +31,7 @@ from claas_store.version import (
     Tensors,
     Version,
     adopt_folder,
+    digest_of,
     encode,
     find_manifest,
     put_manifest,
@@ -258,7 +259,8 @@ def _write(
     for name, data in files.items():
         _put_same(store, uri, name, data)
     try:
-        written, digest = put_manifest(store, uri, manifest, files)
+        digests = {name: digest_of(data) for name, data in files.items()}
+        written, digest = put_manifest(store, uri, manifest, digests)
     except AlreadyExists:  # another try of ours was faster, or somebody else's manifest appeared
         version = _existing(uri, manifest, largest)
         if version is None:

@@ -244,7 +244,8 @@ def adopt_folder(
     check(uri, config, parse_adapter(files[ADAPTER], uri))
     named = manifest.base_model or str(config.get("base_model_name_or_path") or "")
     try:
-        return put_manifest(store, uri, manifest.model_copy(update={"base_model": named[:253]}), files)
+        digests = {name: digest_of(data) for name, data in files.items()}
+        return put_manifest(store, uri, manifest.model_copy(update={"base_model": named[:253]}), digests)
     except AlreadyExists:
         found = read_manifest(store, uri)
         if found is None:
@@ -284,10 +285,11 @@ def write_version(
     # The small file is the claim on the folder: of several writers one goes on, instead of each owning a part of it.
     store.put(uris.join(uri, CONFIG), files[CONFIG])
     others = {name: data for name, data in files.items() if name != CONFIG}
-    with ThreadPoolExecutor(len(others)) as threads:
+    with ThreadPoolExecutor(2 * len(files)) as threads:
+        digests = {name: threads.submit(digest_of, data) for name, data in files.items()}
         for put in [threads.submit(store.put, uris.join(uri, name), data) for name, data in others.items()]:
             put.result()
-    written, digest = put_manifest(store, uri, manifest, files)
+    written, digest = put_manifest(store, uri, manifest, {name: of.result() for name, of in digests.items()})
     return Version(uri, written, digest, dict(config), tensors, optimizer)
 
 
@@ -313,14 +315,18 @@ def encode(config: Mapping[str, Any], tensors: Tensors, optimizer: OptimizerStat
     return files
 
 
-def put_manifest(store: Store, uri: str, manifest: Manifest, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
+def digest_of(data: bytes) -> FileDigest:
+    """What the manifest says of a file."""
+    return FileDigest(sha256=_sha256(data), size=len(data))
+
+
+def put_manifest(store: Store, uri: str, manifest: Manifest, files: Mapping[str, FileDigest]) -> tuple[Manifest, str]:
     """Makes the version at `uri` exist; gives the manifest as written and the sha256 of its bytes.
 
     Raises:
         AlreadyExists: it exists.
     """
-    digests = {name: FileDigest(sha256=_sha256(data), size=len(data)) for name, data in files.items()}
-    filled = manifest.model_copy(update={"files": digests, "code_version": code_version(), "created_at": _now()})
+    filled = manifest.model_copy(update={"files": dict(files), "code_version": code_version(), "created_at": _now()})
     data = _json(filled.model_dump(by_alias=True, exclude_none=True, mode="json"))
     store.put(uris.join(uri, MANIFEST), data)
     return filled, _sha256(data)
