@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("crds", "worker", "teacher", "operator", "tests", "tests/bench")]
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from cold_start import BASE, SMALL, machine, write_model  # noqa: E402
 from student_step import QWEN_3B  # noqa: E402
 from teacher_scoring import QWEN_32B, server  # noqa: E402
@@ -87,7 +88,9 @@ def main() -> None:
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All of it, in one run."""
     tokenizer = options.tokenizer or models.qwen_tokenizer_dir()
-    student = write_model(folder / "student", SMALL if options.small else QWEN_3B, tokenizer)
+    with on_gpu("1"):
+        student = write_model(folder / "student", SMALL if options.small else QWEN_3B, tokenizer)
+    torch.cuda.empty_cache()
     if options.small:
         teacher, flags = models.tiny_qwen_dir(), ["--dtype=float32", "--max-model-len=2048"]
     else:
