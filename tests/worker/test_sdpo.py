@@ -7,8 +7,11 @@ everything is float64, so a bound of 1e-9 means "equal". Where an oracle says "a
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -722,3 +725,9 @@ def test_a_ratio_at_its_bound_is_a_constant() -> None:
     options = {"pg_weight": 1.0, "jsd_reg_weight": 0.0}
     assert doubted().gradient(**options, old_logprobs=log_p_y - 19).abs().max() > 0
     assert doubted().gradient(**options, old_logprobs=log_p_y - 25).abs().max() == 0
+
+
+def test_the_gpus_kernels_are_the_plain_passes() -> None:
+    script = Path(__file__).with_name("sdpo_kernels_interpreted.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,7 +43,6 @@ from claas_store.limits import (
     MAX_OBJECT_BYTES,
     MAX_OPTIMIZER_BYTES,
     MAX_RANK,
-    MAX_STEPS,
 )
 from claas_store.stores import Store, open_store
 from claas_store.tombstone import MANIFEST, read_tombstone, refuse_collected
@@ -244,8 +242,7 @@ def adopt_folder(
     check(uri, config, parse_adapter(files[ADAPTER], uri))
     named = manifest.base_model or str(config.get("base_model_name_or_path") or "")
     try:
-        digests = {name: digest_of(data) for name, data in files.items()}
-        return put_manifest(store, uri, manifest.model_copy(update={"base_model": named[:253]}), digests)
+        return put_manifest(store, uri, manifest.model_copy(update={"base_model": named[:253]}), files)
     except AlreadyExists:
         found = read_manifest(store, uri)
         if found is None:
@@ -285,11 +282,10 @@ def write_version(
     # The small file is the claim on the folder: of several writers one goes on, instead of each owning a part of it.
     store.put(uris.join(uri, CONFIG), files[CONFIG])
     others = {name: data for name, data in files.items() if name != CONFIG}
-    with ThreadPoolExecutor(2 * len(files)) as threads:
-        digests = {name: threads.submit(digest_of, data) for name, data in files.items()}
+    with ThreadPoolExecutor(len(others)) as threads:
         for put in [threads.submit(store.put, uris.join(uri, name), data) for name, data in others.items()]:
             put.result()
-    written, digest = put_manifest(store, uri, manifest, {name: of.result() for name, of in digests.items()})
+    written, digest = put_manifest(store, uri, manifest, files)
     return Version(uri, written, digest, dict(config), tensors, optimizer)
 
 
@@ -315,18 +311,14 @@ def encode(config: Mapping[str, Any], tensors: Tensors, optimizer: OptimizerStat
     return files
 
 
-def digest_of(data: bytes) -> FileDigest:
-    """What the manifest says of a file."""
-    return FileDigest(sha256=_sha256(data), size=len(data))
-
-
-def put_manifest(store: Store, uri: str, manifest: Manifest, files: Mapping[str, FileDigest]) -> tuple[Manifest, str]:
+def put_manifest(store: Store, uri: str, manifest: Manifest, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
     """Makes the version at `uri` exist; gives the manifest as written and the sha256 of its bytes.
 
     Raises:
         AlreadyExists: it exists.
     """
-    filled = manifest.model_copy(update={"files": dict(files), "code_version": code_version(), "created_at": _now()})
+    digests = {name: FileDigest(sha256=_sha256(data), size=len(data)) for name, data in files.items()}
+    filled = manifest.model_copy(update={"files": digests, "code_version": code_version(), "created_at": _now()})
     data = _json(filled.model_dump(by_alias=True, exclude_none=True, mode="json"))
     store.put(uris.join(uri, MANIFEST), data)
     return filled, _sha256(data)
@@ -395,8 +387,8 @@ def parse_optimizer(data: bytes, uri: str) -> OptimizerState:
 
 class _OptimizerHeader(StatusModel):
     schema_version: Literal[1]
-    step: int = Field(ge=0, le=MAX_STEPS)
-    rank: int = Field(ge=1, le=MAX_RANK)
+    step: int = Field(ge=0)
+    rank: int = Field(ge=1)
     target_modules: list[str]
 
 
@@ -470,7 +462,8 @@ def _parse_json(data: bytes, what: str) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):  # two readers would take two different ones
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
             raise VersionInvalid(f"{what}: {shown(twice)} appears twice")
         return value
 

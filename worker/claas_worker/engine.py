@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from claas_worker.engine_adapters import ROW, Block, FlatState, adamw
-from claas_worker.engine_decoder import GATE_UP, WIDE_RANK, Decoder, Rows, Unsupported
+from claas_worker.engine_decoder import TAIL, WIDE_RANK, Decoder, Rows, Unsupported
 from claas_worker.job import place
-from claas_worker.sdpo import LossBatch, score_chunk
+from claas_worker.sdpo import PLAIN_SCORE, LossBatch, Score, on_its_way
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # then by 32
 COUNT_STEP = 32
 RANKS = (WIDE_RANK, 32, 64, 128, 256, 512)
 GRAPHS = 16
-COMPILED_SOURCES = ("engine_decoder.py", "engine_adapters.py", "sdpo.py")
+COMPILED_SOURCES = ("engine_decoder.py", "engine_adapters.py", "sdpo.py", "sdpo_kernels.py")
 SCORERS = 8  # kinds of options whose loss is compiled
 SPARE_BYTES = 3 << 30  # what a step takes beside its pass: a chunk's logits, gradients, cuBLAS
 SLACK = 1.15  # of activations, over what is counted
@@ -77,9 +77,10 @@ class Slots:
         sizes = [
             ((n, layers, len(ends) * rank, i), (n, layers, ends[-1], len(ends) * rank)) for i, ends in decoder.shapes
         ]
-        self.a, self.b = ([like.new_zeros(size[side]) for size in sizes] for side in (0, 1))
         if n == 1 and rank == WIDE_RANK:
-            self.b[GATE_UP] = decoder.tail
+            self.a, self.b = ([sides[side] for sides in decoder.around] for side in (0, 1))
+        else:
+            self.a, self.b = ([like.new_zeros(size[side]) for size in sizes] for side in (0, 1))
         self.grad_a, self.grad_b = ([like.new_empty(size[side]) for size in sizes] for side in (0, 1))
         self._views: list[list[tuple[Block, Tensor, Tensor, Tensor, Tensor]]] = [[]] * n  # by slot, of what it holds
         self._held: list[object] = [""] * n  # layout of what a slot holds: it is zero elsewhere
@@ -231,7 +232,7 @@ class Engine:
         self._device = self._decoder.embedding.device
         self.rows = Rows()
         self.adamw: Callable[..., Tensor] = adamw
-        self._scorers: dict[tuple[object, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._scorers: dict[tuple[object, ...], Score] = {}
         self.current: Pass | None = None
         self._buckets: dict[Shape, Bucket] = {}
         self._slots: dict[tuple[int, int], Slots] = {}
@@ -260,7 +261,7 @@ class Engine:
         ids = torch.zeros(bucket.ids.shape, dtype=torch.long)
         for row, sequence in zip(rows, sequences, strict=True):
             ids[row, : len(sequence)] = torch.tensor(sequence)
-        bucket.ids.copy_(ids)
+        bucket.ids.copy_(on_its_way(ids, self._device))
         for slot, adapter in enumerate(slots):
             bucket.slots.load(slot, adapter)
         bucket.forward(self.rows, keep=keep)
@@ -270,13 +271,13 @@ class Engine:
             self._wanted.put(shape)
         return done
 
-    def scorer(self, batch: LossBatch) -> Callable[..., tuple[Tensor, Tensor]]:
-        """`score_chunk` for these losses, compiled once it is: of so many kinds of options."""
+    def scorer(self, batch: LossBatch) -> Score:
+        """For these losses; kernels of their own once they are compiled: of so many kinds of options."""
         known = self._scorers.get(batch.key)
         if known is None and self._captures and len(self._scorers) < SCORERS:
-            self._scorers[batch.key] = score_chunk
+            self._scorers[batch.key] = PLAIN_SCORE
             self._wanted.put(batch)
-        return known or score_chunk
+        return known or PLAIN_SCORE
 
     def mark(self) -> torch.cuda.Event | None:
         """Where the device's work stands now, for `beside`."""
@@ -379,8 +380,9 @@ class Engine:
                         self._cache.load()
                     self._compile()
                 if isinstance(wanted, LossBatch):
-                    score = torch.compile(score_chunk)
-                    wanted.try_out(score)
+                    from claas_worker.sdpo_kernels import fused_score  # Triton is there where there is a GPU
+
+                    wanted.try_out(score := fused_score())
                     self._scorers[wanted.key] = score
                     what = {"loss": str(wanted.key)}
                 elif wanted not in failed:
@@ -530,28 +532,26 @@ def compile_rows(decoder: Decoder, rows: Rows) -> None:
         torch._dynamo.mark_dynamic(tensor, 0)
         return tensor
 
+    def wide(columns: int) -> Tensor:
+        return some(columns + TAIL)
+
     with torch.no_grad():
         layer = decoder.layers[0]
-        rows.norm(some(d), layer.norm_mlp, decoder.eps)
-        rows.add_norm(some(d), some(d), layer.norm_mlp, decoder.eps)
-        rows.norm_backward(some(d), some(d), layer.norm_mlp, decoder.eps)
-        rows.norm_backward_add(some(d), some(d), layer.norm_mlp, decoder.eps, some(d))
-        wide = [some(d + 2 * WIDE_RANK)[:, :d] for _ in range(2)]
-        for tensor in wide:
-            torch._dynamo.mark_dynamic(tensor, 0)
-        rows.add_norm_into(some(d), some(d), layer.norm_mlp, decoder.eps, wide[0])
-        rows.norm_backward_add(wide[1], some(d), layer.norm_mlp, decoder.eps, some(d))
+        rows.norm(some(d), layer.norm_mlp, decoder.eps, wide(d))
+        rows.add_norm(some(d), some(d), layer.norm_mlp, decoder.eps, wide(d))
+        rows.norm_backward(some(d), some(d), layer.norm_mlp, decoder.eps, wide(d))
+        rows.norm_backward_add(some(d), some(d), layer.norm_mlp, decoder.eps, wide(d), wide(d))
         rows.gate(some(2 * inner))
         rows.gate_backward(some(inner), some(2 * inner))
-        qkv, angles = some((heads + 2 * kv) * size), (some(size), some(size))
+        qkv, angles = (heads + 2 * kv) * size, (some(size), some(size))
         turned = some(heads, size), some(kv, size), some(kv, size)
         if layer.norm_q is None:
-            rows.rotate(qkv, *angles, heads, kv)
-            rows.rotate_backward(*turned, *angles)
+            rows.rotate(some(qkv), *angles, heads, kv)
+            rows.rotate_backward(*turned, *angles, wide(qkv))
         else:
             norms = (layer.norm_q, layer.norm_k, decoder.eps)
-            rows.norm_rotate(qkv, *angles, heads, kv, *norms)
-            rows.norm_rotate_backward(*turned, *angles, qkv, *norms)
+            rows.norm_rotate(some(qkv), *angles, heads, kv, *norms)
+            rows.norm_rotate_backward(*turned, *angles, some(qkv), *norms, wide(qkv))
 
 
 def compile_update(update: Callable[..., Tensor], device: torch.device) -> None:

@@ -8,9 +8,10 @@ What is unusual:
   that a CUDA graph can hold.
 - Linear layers that share an input are one product: q, k, v; gate and up. The model's own weights become views of the
   stacked ones, bit for bit what they were, so nothing is kept twice.
-- One adapter alone is the common case, and gate and up are the widest product: there, B lies in the same tensor as the
-  weights, behind their columns, and A x behind those of x, so that one product gives W x + B A x without passing over
-  (N, 2 I) again. (Backward, the same trick costs cuBLAS more than it saves.)
+- One adapter alone is the common case: there, B lies in the same tensor as the weights, behind their columns, and A
+  below their rows, and A x lies behind the columns of x. So one product gives W x + B A x, and one W' dy + A' B' dy,
+  without passing over the outputs again. It is done where it gains: where a function of rows writes x, or dy, and the
+  product is not so long (22,016 of gate and up, 11,008 of down) that a few columns more cost cuBLAS a pass of its own.
 - Between the products lie a few functions of rows (`Rows`), which are compiled on a GPU and are plain torch elsewhere.
 - Whether this is the model's arithmetic is not trusted but tried (`engine.py`): structure is read off the modules, and
   what comes out is compared with the model's own forward pass before anything is trained on it.
@@ -18,6 +19,7 @@ What is unusual:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +30,10 @@ from torch.nn import functional
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 QKV, OUT, GATE_UP, DOWN = range(4)
 ACTIVATIONS = ("SiLU", "SiLUActivation")
-WIDE_RANK = 16  # of a lone adapter whose B lies behind the weights of gate and up
+WIDE_RANK = 16  # of a lone adapter whose A and B lie around the weights
+TAIL = (
+    64  # columns behind those of x for A x, and around the weights: at least members * WIDE_RANK, and rows stay aligned
+)
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
 
 
@@ -85,16 +90,49 @@ class Saved(NamedTuple):
 
 
 class Rows:
-    """Functions of rows of tokens: norms, rotation, gating, and their gradients. `compiled` ones are Inductor's."""
+    """Functions of rows of tokens: norms, rotation, gating, and their gradients. `compiled` ones are Inductor's.
+
+    What a product reads next, they write into `into`, rows with a TAIL behind them; and so they read what they wrote.
+    It is cut off in here: of a view, Inductor does not know that its rows are aligned.
+    """
 
     def __init__(self, compiled: bool = False) -> None:
         wrap: Callable[[Any], Any] = torch.compile if compiled else lambda function: function
-        self.norm, self.norm_backward = wrap(_norm), wrap(_norm_backward)
+        self.norm, self.norm_backward = wrap(_norm_into), wrap(_norm_backward_into)
         self.add_norm, self.norm_backward_add = wrap(_add_norm), wrap(_norm_backward_add)
-        self.add_norm_into = wrap(_add_norm_into)
         self.rotate, self.rotate_backward = wrap(_rotate), wrap(_rotate_backward)
         self.norm_rotate, self.norm_rotate_backward = wrap(_norm_rotate), wrap(_norm_rotate_backward)
         self.gate, self.gate_backward = wrap(_gate), wrap(_gate_backward)
+
+
+class Beside:
+    """Work that nothing waits for soon, on a stream of its own: small products fill what large ones leave idle.
+
+    What it reads lives until the main stream has waited for it, which `settle` does for what was begun before the last
+    `settle`. On a CPU it is done at once.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._stream = torch.cuda.Stream() if like.is_cuda else None
+        self._begun: list[Any] = []
+        self._before: tuple[Any, list[Any]] | None = None
+
+    def __call__(self, work: Callable[..., None], *tensors: Tensor) -> None:
+        if self._stream is None:
+            work(*tensors)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work(*tensors)
+        self._begun.append(tensors)
+
+    def settle(self) -> None:
+        """Lets go what was begun before the last call; two calls, of everything."""
+        if self._stream is None:
+            return
+        if self._before is not None:
+            torch.cuda.current_stream().wait_event(self._before[0])
+        self._before, self._begun = (self._stream.record_event(), self._begun), []
 
 
 class Decoder:
@@ -106,7 +144,7 @@ class Decoder:
     Attributes:
         places: of the model's linear layers, by name.
         shapes: of each group: (inputs, ends of the members' outputs).
-        tail: (1, layers, o, 2 WIDE_RANK) B of a lone adapter in gate and up.
+        around: by group, A (1, layers, p WIDE_RANK, i) and B (1, layers, o, p WIDE_RANK) of a lone adapter.
 
     Raises:
         Unsupported: it is built in another way; the message says how.
@@ -126,15 +164,19 @@ class Decoder:
         self.heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         names = {id(module): name for name, module in model.named_modules()}
-        mlp = base.layers[0].mlp
-        outputs, inputs = 2 * mlp.up_proj.out_features, mlp.up_proj.in_features
-        self._wide = self.embedding.new_zeros(len(base.layers), outputs, inputs + 2 * WIDE_RANK)
-        self.tail = self._wide[None, :, :, inputs:]
+        self.shapes = [_shape(linears) for linears in _linears(base.layers[0])]
+        # W (o, i) of a layer and group, B behind its columns, A below its rows.
+        self._whole = [
+            self.embedding.new_zeros(len(base.layers), ends[-1] + TAIL, inputs + TAIL) for inputs, ends in self.shapes
+        ]
+        self.around = [
+            (
+                whole[None, :, ends[-1] : ends[-1] + len(ends) * WIDE_RANK, :inputs],
+                whole[None, :, : ends[-1], inputs : inputs + len(ends) * WIDE_RANK],
+            )
+            for whole, (inputs, ends) in zip(self._whole, self.shapes, strict=True)
+        ]
         self.layers = [self._stacked(layer, index, names) for index, layer in enumerate(base.layers)]
-        self.shapes = [(stack.weight.shape[1], stack.ends) for stack in self.layers[0].stacks]
-        for layer in self.layers:
-            if [(stack.weight.shape[1], stack.ends) for stack in layer.stacks] != self.shapes:
-                raise Unsupported("its layers differ in shape")
 
     def _check(self, model: Any, base: Any, config: Any) -> None:
         layers = getattr(base, "layers", None)
@@ -160,20 +202,18 @@ class Decoder:
 
     def _stacked(self, layer: Any, index: int, names: dict[int, str]) -> Layer:
         stacks = []
-        for number, group in enumerate(GROUPS):
-            owner = layer.self_attn if number in (QKV, OUT) else layer.mlp
-            linears = [getattr(owner, name) for name in group]
+        for number, linears in enumerate(_linears(layer)):
             biases = [linear.bias for linear in linears]
             if any(bias is None for bias in biases) and any(bias is not None for bias in biases):
-                raise Unsupported(f"some of {', '.join(group)} have a bias and some have none")
-            into = self._wide[index, :, : -2 * WIDE_RANK] if number == GATE_UP else None
-            weight = _joined([linear.weight for linear in linears], into)
+                raise Unsupported(f"some of {', '.join(GROUPS[number])} have a bias and some have none")
+            if _shape(linears) != self.shapes[number]:
+                raise Unsupported("its layers differ in shape")
+            inputs, ends = self.shapes[number]
+            weight = _joined([linear.weight for linear in linears], self._whole[number][index, : ends[-1], :inputs])
             bias = None if biases[0] is None else _joined(biases)
-            ends: list[int] = []
             for member, linear in enumerate(linears):
-                ends.append((ends[-1] if ends else 0) + linear.out_features)
                 self.places[names[id(linear)]] = Place(number, member, index)
-            stacks.append(Stack(weight, bias, tuple(ends)))
+            stacks.append(Stack(weight, bias, ends))
         attention = layer.self_attn
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         return Layer(
@@ -188,7 +228,9 @@ class Decoder:
     def bytes_a_token(self) -> int:
         """Of what a forward pass keeps for the backward pass, at one token; without A x, which is small."""
         d, (_, qkv), (attended, _), (_, gate_up), (inner, _) = self.embedding.shape[1], *self.shapes
-        width = 4 * d + qkv[-1] * (1 if self.layers[0].norm_q is None else 2) + attended + gate_up[-1] + inner
+        width = (
+            4 * d + qkv[-1] * (1 if self.layers[0].norm_q is None else 2) + attended + gate_up[-1] + inner + 2 * TAIL
+        )
         return len(self.layers) * int(width) * int(self.embedding.element_size())
 
     def angles(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -216,12 +258,11 @@ class Decoder:
         """
         batch, length = ids.shape
         cos, sin = angles
-        alone = b[GATE_UP].data_ptr() == self.tail.data_ptr()
         x = functional.embedding(ids.reshape(-1), self.embedding)  # (N, d)
-        y = rows.norm(x, self.layers[0].norm_attention, self.eps)
+        y_wide, y = self._wide(x, self.embedding.shape[1])
+        rows.norm(x, self.layers[0].norm_attention, self.eps, y_wide)
         for index, layer in enumerate(self.layers):
-            ab = [(a[group][:, index], b[group][:, index]) for group in range(4)]
-            qkv, low_qkv = _linear(layer.stacks[QKV], y, *ab[QKV])
+            qkv, low_qkv = self._linear(QKV, index, y_wide, a, b)
             if layer.norm_q is None:
                 q, k, v = rows.rotate(qkv, cos, sin, self.heads, self.kv_heads)
             else:
@@ -233,25 +274,19 @@ class Decoder:
                     q, k, v = (one.requires_grad_() for one in (q, k, v))
                 attended = self._attend(q, k, v)  # (B, H, T, head_dim)
             flat = attended.detach().transpose(1, 2).reshape(batch * length, -1)
-            o, low_o = _linear(layer.stacks[OUT], flat, *ab[OUT])
-            if alone:
-                y_wide = x.new_empty(x.shape[0], self._wide.shape[2])
-                y_mlp, low_gate_up = y_wide[:, : -2 * WIDE_RANK], y_wide[None, :, -2 * WIDE_RANK :]
-                x_mlp = rows.add_norm_into(x, o, layer.norm_mlp, self.eps, y_mlp)
-                torch.mm(y_mlp, ab[GATE_UP][0][0].T, out=low_gate_up[0])
-                gate_up, bias = y_wide @ self._wide[index].T, layer.stacks[GATE_UP].bias
-                gate_up = gate_up if bias is None else gate_up.add_(bias)
-            else:
-                x_mlp, y_mlp = rows.add_norm(x, o, layer.norm_mlp, self.eps)
-                gate_up, low_gate_up = _linear(layer.stacks[GATE_UP], y_mlp, *ab[GATE_UP])
+            o, low_o = self._linear(OUT, index, flat, a, b)
+            y_mlp_wide, y_mlp = self._wide(x, x.shape[1])
+            x_mlp = rows.add_norm(x, o, layer.norm_mlp, self.eps, y_mlp_wide)
+            gate_up, low_gate_up = self._linear(GATE_UP, index, y_mlp_wide, a, b)
             gated = rows.gate(gate_up)
-            down, low_down = _linear(layer.stacks[DOWN], gated, *ab[DOWN])
+            down, low_down = self._linear(DOWN, index, gated, a, b)
             if saved is not None:
                 low = (low_qkv, low_o, low_gate_up, low_down)
                 before = qkv if layer.norm_q is not None else None
                 saved.append(Saved(x, y, before, q, k, v, attended, x_mlp, y_mlp, gate_up, gated, low))
             after = self.layers[index + 1].norm_attention if index + 1 < len(self.layers) else self.norm
-            x, y = rows.add_norm(x_mlp, down, after, self.eps)
+            y_wide, y = self._wide(x, x.shape[1])
+            x = rows.add_norm(x_mlp, down, after, self.eps, y_wide)
         if saved is not None:
             saved.append(x)
         return y
@@ -272,32 +307,94 @@ class Decoder:
         In grad_b, only the blocks on the diagonal, member by member, have a meaning.
         """
         cos, sin = angles
-        dx = rows.norm_backward(gradient, saved.pop(), self.norm, self.eps)
+        dx_wide, dx = self._wide(gradient, gradient.shape[1])
+        rows.norm_backward(gradient, saved.pop(), self.norm, self.eps, dx_wide)
+        beside = Beside(dx)
         for index in reversed(range(len(self.layers))):
             layer, s = self.layers[index], saved.pop()
-            ab = [(a[group][:, index], b[group][:, index]) for group in range(4)]
             out = [(grad_a[group][:, index], grad_b[group][:, index]) for group in range(4)]
-            d_gated, d_low = _linear_input(layer.stacks[DOWN], dx, *ab[DOWN])
-            _linear_weights(dx, s.gated, s.low[DOWN], d_low, *out[DOWN])
+            d_gated, d_low = self._linear_input(DOWN, index, dx_wide, a, b)
+            beside(_linear_weights, dx, s.gated, s.low[DOWN], d_low, *out[DOWN])
             d_gate_up = rows.gate_backward(d_gated, s.gate_up)
-            d_y, d_low = _linear_input(layer.stacks[GATE_UP], d_gate_up, *ab[GATE_UP])
-            _linear_weights(d_gate_up, s.y_mlp, s.low[GATE_UP], d_low, *out[GATE_UP])
-            dx = rows.norm_backward_add(d_y, s.x_mlp, layer.norm_mlp, self.eps, dx)
-            d_flat, d_low = _linear_input(layer.stacks[OUT], dx, *ab[OUT])
+            d_y, d_low = self._linear_input(GATE_UP, index, d_gate_up, a, b)
+            beside(_linear_weights, d_gate_up, s.y_mlp, s.low[GATE_UP], d_low, *out[GATE_UP])
+            before, (dx_wide, dx) = dx_wide, self._wide(dx, dx.shape[1])
+            rows.norm_backward_add(d_y, s.x_mlp, layer.norm_mlp, self.eps, before, dx_wide)
+            d_flat, d_low = self._linear_input(OUT, index, dx_wide, a, b)
             flat = s.attended.detach().transpose(1, 2).reshape(dx.shape[0], -1)
-            _linear_weights(dx, flat, s.low[OUT], d_low, *out[OUT])
+            beside(_linear_weights, dx, flat, s.low[OUT], d_low, *out[OUT])
             d_attended = d_flat.view(*s.q.shape).transpose(1, 2)
             dq, dk, dv = torch.autograd.grad(s.attended, (s.q, s.k, s.v), d_attended)
             dq, dk, dv = (one.reshape(dx.shape[0], -1, self.head_dim) for one in (dq, dk, dv))
+            d_qkv_wide, d_qkv = self._wide(dx, self.shapes[QKV][1][-1])
             if layer.norm_q is None:
-                d_qkv = rows.rotate_backward(dq, dk, dv, cos, sin)
+                rows.rotate_backward(dq, dk, dv, cos, sin, d_qkv_wide)
             else:
                 norms = (layer.norm_q, layer.norm_k, self.eps)
-                d_qkv = rows.norm_rotate_backward(dq, dk, dv, cos, sin, s.qkv, *norms)
-            d_y, d_low = _linear_input(layer.stacks[QKV], d_qkv, *ab[QKV], needed=index > 0)
-            _linear_weights(d_qkv, s.y, s.low[QKV], d_low, *out[QKV])
+                rows.norm_rotate_backward(dq, dk, dv, cos, sin, s.qkv, *norms, d_qkv_wide)
+            d_y, d_low = self._linear_input(QKV, index, d_qkv_wide, a, b, needed=index > 0)
+            beside(_linear_weights, d_qkv, s.y, s.low[QKV], d_low, *out[QKV])
             if index:
-                dx = rows.norm_backward_add(d_y, s.x, layer.norm_attention, self.eps, dx)
+                before, (dx_wide, dx) = dx_wide, self._wide(dx, dx.shape[1])
+                rows.norm_backward_add(d_y, s.x, layer.norm_attention, self.eps, before, dx_wide)
+            beside.settle()
+        beside.settle()
+
+    def _wide(self, like: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """New rows of so many columns, with and without the TAIL behind them."""
+        wide = like.new_empty(like.shape[0], columns + TAIL)
+        return wide, wide[:, :columns]
+
+    def _linear(
+        self, group: int, index: int, x_wide: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(N, o) output and (n, t, p r) A x, of x (N, i), which may have a TAIL."""
+        inputs, ends = self.shapes[group]
+        own_a, own_b, bias = a[group][:, index], b[group][:, index], self.layers[index].stacks[group].bias
+        weight, x, n = self.layers[index].stacks[group].weight, x_wide[:, :inputs], own_a.shape[0]
+        if a[group].data_ptr() == self.around[group][0].data_ptr() and x_wide.shape[1] > inputs:
+            last = inputs + len(ends) * WIDE_RANK
+            torch.mm(x, own_a[0].T, out=x_wide[:, inputs:last])
+            whole = self._whole[group][index, : ends[-1], :last].T
+            y = x_wide[:, :last] @ whole if bias is None else torch.addmm(bias, x_wide[:, :last], whole)
+            return y, x_wide[None, :, inputs:last]
+        low = torch.bmm(x.unflatten(0, (n, -1)), own_a.transpose(1, 2))
+        if bias is None and ends[-1] > inputs:  # over many columns, the product itself had better add what is there
+            y = torch.bmm(low, own_b.transpose(1, 2)).flatten(0, 1)
+            return y.addmm_(x, weight.T), low
+        y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+        y.view(n, -1, y.shape[1]).baddbmm_(low, own_b.transpose(1, 2))
+        return y, low
+
+    def _linear_input(
+        self,
+        group: int,
+        index: int,
+        dy_wide: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        *,
+        needed: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the input (N, i), empty if not needed, and of A x (n, t, p r). dy (N, o) may have a TAIL."""
+        inputs, ends = self.shapes[group]
+        own_a, own_b, n = a[group][:, index], b[group][:, index], a[group].shape[0]
+        dy = dy_wide[:, : ends[-1]]
+        if a[group].data_ptr() == self.around[group][0].data_ptr() and dy_wide.shape[1] > ends[-1]:
+            last = ends[-1] + len(ends) * WIDE_RANK
+            torch.mm(dy, own_b[0], out=dy_wide[:, ends[-1] : last])
+            dx = dy_wide[:, :last] @ self._whole[group][index, :last, :inputs] if needed else dy.new_empty(0)
+            return dx, dy_wide[None, :, ends[-1] : last]
+        d_low = torch.bmm(dy.unflatten(0, (n, -1)), own_b)
+        if not needed:
+            return dy.new_empty(0), d_low
+        weight = self.layers[index].stacks[group].weight
+        if inputs > ends[-1]:
+            dx = torch.bmm(d_low, own_a).flatten(0, 1)
+            return dx.addmm_(dy, weight), d_low
+        dx = dy @ weight
+        dx.view(n, -1, inputs).baddbmm_(d_low, own_a)
+        return dx, d_low
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, T, head_dim). Padding is on the right, where earlier positions cannot see it."""
@@ -311,43 +408,30 @@ class Decoder:
         )
 
 
+def _linears(layer: Any) -> list[list[Any]]:
+    """By group."""
+    owners = (layer.self_attn, layer.self_attn, layer.mlp, layer.mlp)
+    return [[getattr(owner, name) for name in group] for owner, group in zip(owners, GROUPS, strict=True)]
+
+
+def _shape(linears: Sequence[Any]) -> tuple[int, tuple[int, ...]]:
+    """Inputs, and the ends of the members' outputs."""
+    return linears[0].in_features, tuple(itertools.accumulate(linear.out_features for linear in linears))
+
+
 def _joined(parameters: Sequence[nn.Parameter], into: Tensor | None = None) -> Tensor:
     """All of them in one tensor, of which they become views."""
-    if len(parameters) == 1:
-        return parameters[0].detach()
-    if into is not None and sum(map(len, parameters)) != len(into):
-        raise Unsupported("its layers differ in shape")
     joined = torch.cat([parameter.detach() for parameter in parameters], out=into)
     for parameter, part in zip(parameters, joined.split([len(one) for one in parameters]), strict=True):
         parameter.data = part
     return joined
 
 
-def _linear(stack: Stack, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, o) output and (n, t, p r) A x, of x (N, i)."""
-    n = a.shape[0]
-    y = x @ stack.weight.T if stack.bias is None else torch.addmm(stack.bias, x, stack.weight.T)
-    low = torch.bmm(x.view(n, -1, x.shape[1]), a.transpose(1, 2))
-    y.view(n, -1, y.shape[1]).baddbmm_(low, b.transpose(1, 2))
-    return y, low
-
-
-def _linear_input(stack: Stack, dy: Tensor, a: Tensor, b: Tensor, *, needed: bool = True) -> tuple[Tensor, Tensor]:
-    """Gradients of the input (N, i), empty if it is not needed, and of A x (n, t, p r)."""
-    n = a.shape[0]
-    d_low = torch.bmm(dy.view(n, -1, dy.shape[1]), b)
-    if not needed:
-        return dy.new_empty(0), d_low
-    dx = dy @ stack.weight
-    dx.view(n, -1, dx.shape[1]).baddbmm_(d_low, a)
-    return dx, d_low
-
-
 def _linear_weights(dy: Tensor, x: Tensor, low: Tensor, d_low: Tensor, grad_a: Tensor, grad_b: Tensor) -> None:
     """Writes the gradients of A (n, p r, i) and B (n, o, p r)."""
     n = low.shape[0]
     torch.bmm(d_low.transpose(1, 2), x.unflatten(0, (n, -1)), out=grad_a)
-    torch.bmm(dy.view(n, -1, dy.shape[1]).transpose(1, 2), low, out=grad_b)
+    torch.bmm(dy.unflatten(0, (n, -1)).transpose(1, 2), low, out=grad_b)
 
 
 def _up(x: Tensor) -> Tensor:
@@ -361,16 +445,14 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (high * torch.rsqrt(high.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _add_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + update, and that normed."""
-    x = x + update
-    return x, _norm(x, weight, eps)
+def _norm_into(x: Tensor, weight: Tensor, eps: float, into: Tensor) -> None:
+    into[:, : x.shape[1]].copy_(_norm(x, weight, eps))
 
 
-def _add_norm_into(x: Tensor, update: Tensor, weight: Tensor, eps: float, into: Tensor) -> Tensor:
+def _add_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float, into: Tensor) -> Tensor:
     """x + update; that normed goes into `into`."""
-    x, normed = _add_norm(x, update, weight, eps)
-    into.copy_(normed)
+    x = x + update
+    into[:, : x.shape[1]].copy_(_norm(x, weight, eps))
     return x
 
 
@@ -381,9 +463,14 @@ def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (scale * (slope - normed * (slope * normed).mean(-1, keepdim=True))).to(x.dtype)
 
 
-def _norm_backward_add(dy: Tensor, x: Tensor, weight: Tensor, eps: float, dx: Tensor) -> Tensor:
+def _norm_backward_into(dy: Tensor, x: Tensor, weight: Tensor, eps: float, into: Tensor) -> None:
+    into[:, : x.shape[1]].copy_(_norm_backward(dy, x, weight, eps))
+
+
+def _norm_backward_add(dy: Tensor, x: Tensor, weight: Tensor, eps: float, dx: Tensor, into: Tensor) -> None:
     """The gradient of x, which also went past the norm."""
-    return dx + _norm_backward(dy, x, weight, eps)
+    d = x.shape[1]
+    into[:, :d].copy_(dx[:, :d] + _norm_backward(dy, x, weight, eps))
 
 
 def _heads(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -409,8 +496,8 @@ def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) ->
     return _turn(q, cos, sin), _turn(k, cos, sin), v.contiguous()
 
 
-def _rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.cat([_turn_back(dq, cos, sin), _turn_back(dk, cos, sin), dv], 1).flatten(1)
+def _rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, into: Tensor) -> None:
+    _join_heads(_turn_back(dq, cos, sin), _turn_back(dk, cos, sin), dv, into)
 
 
 def _norm_rotate(
@@ -430,11 +517,18 @@ def _norm_rotate_backward(
     norm_q: Tensor,
     norm_k: Tensor,
     eps: float,
-) -> Tensor:
+    into: Tensor,
+) -> None:
     q, k, _ = _heads(qkv, dq.shape[1], dk.shape[1])
     dq = _norm_backward(_turn_back(dq, cos, sin), q, norm_q, eps)
     dk = _norm_backward(_turn_back(dk, cos, sin), k, norm_k, eps)
-    return torch.cat([dq, dk, dv], 1).flatten(1)
+    _join_heads(dq, dk, dv, into)
+
+
+def _join_heads(q: Tensor, k: Tensor, v: Tensor, into: Tensor) -> None:
+    """(N, H, head_dim) and (N, KV, head_dim) as the columns of qkv."""
+    joined = torch.cat([q, k, v], 1).flatten(1)
+    into[:, : joined.shape[1]].copy_(joined)
 
 
 def _gate(gate_up: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def sdpo_loss(
             response token of student probability zero.
         NonFiniteLoss: the loss is not finite.
     """
-    options = _Options(alpha, clip_eps, jsd_reg_weight, pg_weight, advantage_clip, chunk_rows)
+    options = Options(alpha, clip_eps, jsd_reg_weight, pg_weight, advantage_clip, chunk_rows)
     v = student_logits.shape[-1]
     targets = _targets(student_logits, v, response_ids, support_ids, teacher_logprobs, old_logprobs, mask, alpha)
     return _loss(student_logits, None, targets, options, total_tokens)
@@ -129,7 +129,7 @@ def sdpo_loss_from_hidden(
     """
     if lm_head_weight.requires_grad:
         raise ValueError("lm_head_weight requires a gradient, which is not computed here: freeze it, or use sdpo_loss")
-    options = _Options(alpha, clip_eps, jsd_reg_weight, pg_weight, advantage_clip, chunk_rows)
+    options = Options(alpha, clip_eps, jsd_reg_weight, pg_weight, advantage_clip, chunk_rows)
     v = lm_head_weight.shape[0]
     targets = _targets(hidden, v, response_ids, support_ids, teacher_logprobs, old_logprobs, mask, alpha)
     return _loss(hidden, lm_head_weight, targets, options, total_tokens)
@@ -228,7 +228,7 @@ class LossBatch:
     """
 
     def __init__(self, parts: Sequence[Part], lm_head_weight: Tensor, options: Mapping[str, float]) -> None:
-        self._head, self._options = lm_head_weight, _Options(**options, chunk_rows=CHUNK_ROWS)
+        self._head, self._options = lm_head_weight, Options(**options, chunk_rows=CHUNK_ROWS)
         self._parts = parts
         device = lm_head_weight.device
         lengths = [len(part.response_ids) for part in parts]
@@ -280,42 +280,39 @@ class LossBatch:
         """Numbers of each part."""
         return len(_SUMS)
 
-    def enqueue(
-        self, hidden: Tensor, starts: Sequence[int], gradient: Tensor, score: Callable[..., tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def enqueue(self, hidden: Tensor, starts: Sequence[int], gradient: Tensor, score: Score) -> Tensor:
         """Writes the gradient of the losses' sum into the rows of `gradient` (N, d), and gives sums for `metrics`.
 
         Args:
             hidden: (N, d) of many tokens; part i begins at row `starts[i]`.
-            score: `score_chunk`, or that compiled.
         """
         rows = [
             start + i for start, part in zip(starts, self._parts, strict=True) for i in range(len(part.response_ids))
         ]
-        targets = self._targets._replace(rows=torch.tensor(rows, device=hidden.device))
+        targets = self._targets._replace(rows=on_its_way(torch.tensor(rows), hidden.device))
         sums = torch.zeros(len(self._parts), len(_SUMS), dtype=torch.float64, device=hidden.device)
         with torch.no_grad():
-            for first in range(0, len(rows), self._options.chunk_rows):
-                part = slice(first, first + self._options.chunk_rows)
-                chunk = _Targets(*(None if field is None else field[part] for field in targets))
+            for first in range(0, len(rows), score.rows):
+                part = slice(first, first + score.rows)
+                chunk = Targets(*(None if field is None else field[part] for field in targets))
                 logits = hidden[chunk.rows] @ self._head.T
-                values, slope = score(logits, chunk, self._options, self._counts[part])
+                values, slope = score.run(logits, chunk, self._options, self._counts[part])
                 sums.index_add_(0, self._owners[part], values.double())
                 gradient.index_copy_(0, chunk.rows, slope @ self._head)
         return sums
 
-    def try_out(self, score: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def try_out(self, score: Score) -> None:
         """Calls `score` on made-up logits, as `enqueue` will, so that it is compiled for any number of rows."""
-        rows = min(len(self._counts), self._options.chunk_rows)
+        rows = min(len(self._counts), score.rows)
         if rows < 2:
             return  # one row is a case of its own to the compiler
-        chunk = _Targets(*(None if field is None else field[:rows].clone() for field in self._targets))
+        chunk = Targets(*(None if field is None else field[:rows].clone() for field in self._targets))
         logits = torch.randn(rows, self._head.shape[0], device=self._head.device).to(self._head.dtype)
         counts = self._counts[:rows].clone()
         for tensor in (logits, counts, *(field for field in chunk if field is not None)):
             torch._dynamo.mark_dynamic(tensor, 0)
         with torch.no_grad():
-            score(logits, chunk, self._options, counts)
+            score.run(logits, chunk, self._options, counts)
 
     def metrics(self, index: int, sums: Sequence[float]) -> dict[str, float]:
         """A part's metrics from its row of the sums.
@@ -325,6 +322,11 @@ class LossBatch:
         """
         part = self._parts[index]
         return _numbers(sums, len(part.response_ids), part.total_tokens, self._options)
+
+
+def on_its_way(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, in the order of its work, without waiting for what is before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _joined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -339,15 +341,29 @@ def _given(part: Part) -> Tensor:
     return part.old_logprobs
 
 
-def score_chunk(logits: Tensor, targets: _Targets, options: _Options, counts: Tensor) -> tuple[Tensor, Tensor]:
+def score_chunk(logits: Tensor, targets: Targets, options: Options, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Values (C, sums) of each token, and the gradient (C, V) of its share of the loss in its logits (C, V)."""
     values, slope = _score_rows(logits.to(_arithmetic(logits)), targets, options)
-    stacked = torch.stack([values[name].to(slope.dtype) for name in _SUMS], -1)
-    return stacked, slope.div_(counts[:, None]).to(logits.dtype)
+    return stack_values(values), slope.div_(counts[:, None]).to(logits.dtype)
+
+
+class Score(NamedTuple):
+    """A way to score chunks of logits: `score_chunk`, or what gives the same in its place, on `rows` rows at once."""
+
+    run: Callable[..., tuple[Tensor, Tensor]]
+    rows: int
+
+
+PLAIN_SCORE = Score(score_chunk, CHUNK_ROWS)
+
+
+def stack_values(values: Mapping[str, Tensor]) -> Tensor:
+    """(C, sums)"""
+    return torch.stack([values[name].to(values["pg"].dtype) for name in _SUMS], -1)
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
     alpha: float
     clip_eps: float
     jsd_reg_weight: float
@@ -363,7 +379,7 @@ class _Options:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
 
 
-class _Targets(NamedTuple):
+class Targets(NamedTuple):
     """What the n unmasked positions are compared with. Columns: K ids of the support, then the tail."""
 
     rows: Tensor  # (n,) their rows in the caller's tensors
@@ -386,7 +402,7 @@ def _targets(
     old_logprobs: Tensor | None,
     mask: Tensor | None,
     alpha: float,
-) -> _Targets:
+) -> Targets:
     """Checks the arguments and makes the teacher's buckets (K+1 columns: small, so float64 throughout)."""
     n, device = source.shape[0], source.device
     given = {"response_ids": response_ids, "support_ids": support_ids, "teacher_logprobs": teacher_logprobs}
@@ -437,7 +453,7 @@ def _targets(
     bucket = listed & ~zero if alpha == 1 else listed
     is_y = ids == y[:, None]
     dtype = _arithmetic(source)
-    return _Targets(
+    return Targets(
         rows=rows,
         y=y,
         ids=ids.masked_fill(~listed, 0),
@@ -451,7 +467,7 @@ def _targets(
 
 
 def _loss(
-    source: Tensor, lm_head_weight: Tensor | None, targets: _Targets, options: _Options, total_tokens: int | None
+    source: Tensor, lm_head_weight: Tensor | None, targets: Targets, options: Options, total_tokens: int | None
 ) -> SDPOResult:
     """Scores the rows chunk by chunk; loss and gradient are complete when this returns."""
     n = targets.rows.numel()
@@ -464,7 +480,7 @@ def _loss(
     sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=source.device)
     with torch.no_grad():
         for part in torch.arange(n, device=source.device).split(options.chunk_rows):
-            chunk = _Targets(*(None if field is None else field[part] for field in targets))
+            chunk = Targets(*(None if field is None else field[part] for field in targets))
             logits = _logits(source, lm_head_weight, chunk.rows)  # (C, V)
             values, slope = _score_rows(logits, chunk, options)
             sums += torch.stack([values[name].sum(dtype=torch.float64) for name in _SUMS])
@@ -475,7 +491,7 @@ def _loss(
     return SDPOResult(loss if gradient is None else _attach(source, loss, gradient), metrics)
 
 
-def _numbers(sums: Iterable[float], n: int, count: int, options: _Options) -> dict[str, float]:
+def _numbers(sums: Iterable[float], n: int, count: int, options: Options) -> dict[str, float]:
     """Metrics from the sums over n tokens, which are a part of `count`.
 
     Raises:
@@ -519,9 +535,25 @@ _MEANS = (
 _SUMS = (*_MEANS, "pg", "weighted_jsd", "advantage_clamps", "unscored")
 
 
-def _score_rows(logits: Tensor, t: _Targets, options: _Options) -> tuple[dict[str, Tensor], Tensor]:
-    """The formulas: values (C,) of each token, and the gradient (C, V) of the loss times N in the logits (C, V)."""
-    alpha, eps = options.alpha, options.clip_eps
+class Buckets(NamedTuple):
+    """What the formulas need of a softmax over V rows."""
+
+    log_p_ids: Tensor  # (C, K), of dropped ids too
+    log_p_y: Tensor  # (C,)
+    p_tail: Tensor  # (C,) the complement of the buckets, summed itself: 1 - sum would keep no digit of a small one
+    entropy: Tensor  # (C,)
+
+
+class Slopes(NamedTuple):
+    """dloss/dlogits times N: that of an id in the tail is its probability times `tail`; y has `y` on top of its own."""
+
+    tail: Tensor  # (C,)
+    ids: Tensor  # (C, K), zero where dropped
+    y: Tensor  # (C,)
+
+
+def _score_rows(logits: Tensor, t: Targets, options: Options) -> tuple[dict[str, Tensor], Tensor]:
+    """Values (C,) of each token, and the gradient (C, V) of the loss times N in the logits (C, V)."""
     shifted = logits - logits.amax(-1, keepdim=True)  # (C, V)
     p = shifted.exp()
     norm = p.sum(-1, keepdim=True)  # (C, 1)
@@ -531,10 +563,21 @@ def _score_rows(logits: Tensor, t: _Targets, options: _Options) -> tuple[dict[st
     entropy = norm.log().squeeze(1) - torch.linalg.vecdot(p, shifted.clamp_(min=-1e4)) / norm.squeeze(1)
     del shifted
 
-    # The complement of the buckets is summed itself: 1 - sum would keep no digit of a small tail. From here on the
-    # buffer holds the complement alone. Dropped ids point to column 0 and must not change it: minimum with infinity.
+    # From here on the buffer holds the complement of the buckets alone. Dropped ids point to column 0 and must not
+    # change it: minimum with infinity.
     p.scatter_reduce_(1, t.ids, torch.where(t.bucket, 0.0, torch.inf).to(p.dtype), "amin")
     p_tail = p.sum(-1) / norm.squeeze(1)  # (C,)
+    values, slopes = weigh(Buckets(log_p_ids, log_p_y, p_tail, entropy), t, options)
+    p.mul_(slopes.tail[:, None] / norm)
+    p.scatter_add_(1, t.ids, slopes.ids)
+    p.scatter_add_(1, t.y[:, None], slopes.y[:, None])
+    return values, p
+
+
+def weigh(seen: Buckets, t: Targets, options: Options) -> tuple[dict[str, Tensor], Slopes]:
+    """The formulas: values (C,) of each token, and the loss's slopes."""
+    alpha, eps = options.alpha, options.clip_eps
+    log_p_ids, log_p_y, p_tail, entropy = seen
     resolved = p_tail > TAIL_FLOOR
     log_p_tail = p_tail.clamp_min(TAIL_FLOOR).log()  # buckets that cover all V rows leave the floor on both sides
 
@@ -563,9 +606,8 @@ def _score_rows(logits: Tensor, t: _Targets, options: _Options) -> tuple[dict[st
     slope[:, -1] = torch.where(resolved, slope[:, -1], 0.0)  # a floored tail is a constant
     pg_slope = options.pg_weight * pg_slope
     total = slope.sum(-1) + pg_slope  # (C,)
-    p.mul_(((slope[:, -1] / p_tail.clamp_min(TAIL_FLOOR) - total) / norm.squeeze(1))[:, None])
-    p.scatter_add_(1, t.ids, torch.where(t.bucket, slope[:, :-1] - log_p[:, :-1].exp() * total[:, None], 0.0))
-    p.scatter_add_(1, t.y[:, None], pg_slope[:, None])
+    tail = slope[:, -1] / p_tail.clamp_min(TAIL_FLOOR) - total
+    at_ids = torch.where(t.bucket, slope[:, :-1] - log_p[:, :-1].exp() * total[:, None], 0.0)
 
     values = {
         "pg": pg,
@@ -584,7 +626,7 @@ def _score_rows(logits: Tensor, t: _Targets, options: _Options) -> tuple[dict[st
         "student_entropy": entropy,
         "unscored": ~log_p_y.isfinite(),
     }
-    return values, p
+    return values, Slopes(tail, at_ids, pg_slope)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
