@@ -65,6 +65,7 @@ EVERYWHERE: list[Raw] = [
         "verbs": ["list", "watch"],
     },
     {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]},
+    {"apiGroups": ["rbac.authorization.k8s.io"], "resources": ["clusterroles"], "verbs": ["list"]},
 ]
 AT_HOME: list[Raw] = [
     {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "delete"]},

@@ -60,7 +60,7 @@ VIEWER_RULES: list[Raw] = [
 # A real worker renews its Lease every 5 s: the times by which it is judged are those of production.
 ONE_WORKER: Raw = {
     "pool": {"minWorkers": 1, "maxWorkers": 1, "batch": 16},
-    "timings": {"leaseSeconds": 15, "claimGraceSeconds": 30, "fenceGraceSeconds": 30},
+    "timings": {"leaseSeconds": 15, "claimGraceSeconds": 30, "fenceGraceSeconds": 30, "relistSeconds": 60},
 }
 GROUP = "rbac.authorization.k8s.io"
 

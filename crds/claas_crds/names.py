@@ -19,6 +19,7 @@ INSTANCE_LABEL: Final = "app.kubernetes.io/instance"  # the Helm release: two re
 COMPONENT_LABEL: Final = "app.kubernetes.io/component"
 COMPONENT_WORKER: Final = "worker"
 COMPONENT_OPERATION: Final = "operation"
+COMPONENT_OPERATOR: Final = "operator"
 POOL_LABEL: Final = f"{GROUP}/pool"
 ADAPTER_UID_LABEL: Final = f"{GROUP}/adapter-uid"
 OPERATION_LABEL: Final = f"{GROUP}/operation"
@@ -33,6 +34,8 @@ LEASE_RUNNING: Final = f"{GROUP}/running"  # uids, comma-separated
 STATE_STARTING: Final = "Starting"
 STATE_READY: Final = "Ready"
 STATE_DRAINING: Final = "Draining"
+# On the operator's ClusterRole: namespaces that its release serves, comma-separated, or "*".
+OPERATOR_NAMESPACES: Final = f"{GROUP}/namespaces"
 
 # Set by the operator on a worker's Pod template, read by `claas_worker`.
 ENV_POOL: Final = "CLAAS_POOL"

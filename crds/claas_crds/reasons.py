@@ -145,7 +145,7 @@ _SENTENCES: dict[Reason, str] = {
     Reason.DELETING: "the adapter is being deleted",
     Reason.ROLLED_BACK: "spec.rollbackTo is the head again, or was when it was set",
     Reason.VERSION_UNKNOWN: "spec.rollbackTo names no version of status.history; nothing was moved",
-    Reason.VERSION_COLLECTED: "spec.rollbackTo names a version that retention is deleting; nothing was moved",
+    Reason.VERSION_COLLECTED: "the version that is named (rollbackTo, initFrom, loraUri) was collected, or is being",
     Reason.COLLECTING: "versions beyond spec.retention are being deleted from the store",
     Reason.COLLECTED: "the versions beyond spec.retention were deleted from the store",
     Reason.VERSIONS_LEFT: "the adapter was deleted, but its versions stay in the store; the message says why and where",

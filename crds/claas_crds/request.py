@@ -461,6 +461,10 @@ class Result(StatusModel):
     lora_uri: str = Field("", max_length=1024, description="The version that it wrote (with NoSignal: the parent).")
     metadata: Metadata | None = Field(None, description="What the step did.")
     timings: Timings | None = Field(None, description="The worker's phases.")
+    adapter_cached: bool | None = Field(
+        None,
+        description="Whether the worker still had the parent in memory, and did not read it from the store.",
+    )
     gpu_ms: int | None = Field(
         None, description="Its share of the worker's time: claimed to reported, divided by all in one batched step."
     )

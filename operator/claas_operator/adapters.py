@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Final
 
 from claas_crds.adapter import HistoryEntry
@@ -14,13 +15,16 @@ from claas_operator.jobs import create_arguments
 from claas_operator.operations import Answer, Desk
 from claas_operator.permissions import may_fork, may_not_fork, not_permitted, permitted
 from claas_operator.references import References
-from claas_operator.retention import plan_collection, plan_sweep
+from claas_operator.retention import collects_at, plan_collection, plan_sweep, sweeps_at
 from claas_operator.settings import Settings
 from claas_operator.snapshot import Adapter, Job, Snapshot
 from claas_store.uris import version_name
 
 # The store has said that a first version cannot be: nothing is tried again before the adapter changes.
-_LASTING: Final = (Reason.CREATE_FAILED, Reason.ADAPTER_INVALID)
+_LASTING: Final = (Reason.CREATE_FAILED, Reason.ADAPTER_INVALID, Reason.VERSION_COLLECTED)
+# Of these, what is wrong with a source: the user's to mend.
+_OF_THE_SOURCE: Final = (Reason.ADAPTER_INVALID, Reason.VERSION_COLLECTED)
+FAR: Final = datetime.max.replace(tzinfo=UTC)
 # So many names of versions are shown to somebody who asked for one that is not there.
 _SHOWN_VERSIONS: Final = 10
 
@@ -50,10 +54,30 @@ def _refuses_source(adapter: Adapter, settings: Settings) -> tuple[Reason, str] 
     return Reason.STORAGE_DENIED, may_not_fork("spec.initFrom.uri", settings, adapter.namespace)
 
 
+def rests_until(adapter: Adapter, settings: Settings) -> datetime | None:
+    """When `plan_adapter` has something to do, by what the adapter itself says; None: look at once.
+
+    That its lock is to be freed is another's news, and not in here. A thousand adapters are in every plan, and next to
+    none of them has changed since the last.
+    """
+    spec, seen = adapter.spec, adapter.status
+    if spec is None or adapter.deleting is not None or not seen.head_seq or seen.collecting:
+        return None
+    if spec.rollback_to or seen.rollback_answered or adapter.held_back != (spec.deletion_policy == "Delete"):
+        return None
+    ready = adapter.condition(ConditionType.READY)
+    if (ready is not None and ready.status != "True") or 0 < seen.observed_generation != adapter.generation:
+        return None
+    if refuses(adapter, settings) is not None:
+        return None
+    due = [at for at in (collects_at(adapter, settings), sweeps_at(adapter, settings)) if at is not None]
+    return min(due, default=FAR)
+
+
 def plan_adapter(desk: Desk, references: References) -> Iterator[Action]:
     """What to do about one adapter; of two actions on the adapter itself the first is done, the rest thought again."""
     adapter = desk.adapter
-    if adapter.active and _may_be_freed(adapter, desk.snapshot, desk.settings):
+    if may_be_freed(adapter, desk.snapshot, desk.settings):
         holder_name = adapter.status.active.request_name if adapter.status.active else ""
         freed = status.freed(adapter, desk.now)
         yield Free(adapter=adapter, holder=adapter.active, holder_name=holder_name, status=freed)
@@ -70,14 +94,14 @@ def plan_adapter(desk: Desk, references: References) -> Iterator[Action]:
         yield from plan_sweep(desk, references)
 
 
-def _may_be_freed(adapter: Adapter, snapshot: Snapshot, settings: Settings) -> bool:
-    """Whether the lock's holder has ended or is gone, and no living worker lists it, as far as the snapshot knows.
+def may_be_freed(adapter: Adapter, snapshot: Snapshot, settings: Settings) -> bool:
+    """Whether it is locked for one that has ended or is gone, and no living worker lists it, as far as is known.
 
     Its workers are in the release's namespace or beside it; nobody else's Lease may hold a lock.
     """
     uid, places = adapter.active, (settings.namespace, adapter.namespace)
     holder = snapshot.requests.get(uid)
-    if uid in snapshot.broken or (holder is not None and holder.ended is None):
+    if not uid or uid in snapshot.broken or (holder is not None and holder.ended is None):
         return False
     return not any(
         uid in lease.running and lease.namespace in places and holds(lease.holder, snapshot)
@@ -185,12 +209,12 @@ def _is_asked_for(answer: Answer, adapter: Adapter) -> bool:
 
 
 def _failure(adapter: Adapter, answer: Answer) -> tuple[Reason, str]:
-    """What is wrong with a source is the user's to mend and has its own reason."""
+    """What is wrong with a source has its own reason."""
     if answer.ok:
         message = "the create Job answered with another uri than spec.storage.uri; nothing was taken over"
         return Reason.CREATE_FAILED, message
-    if adapter.init_from and answer.reason == Reason.ADAPTER_INVALID:
-        return Reason.ADAPTER_INVALID, answer.message
+    if adapter.init_from and answer.reason in _OF_THE_SOURCE:
+        return Reason(answer.reason), answer.message
     return Reason.CREATE_FAILED, f"{answer.reason}: {answer.message}"
 
 

@@ -66,10 +66,10 @@ class Api:
         """The object as it is now; None when there is none."""
         return await self.get_path(self.path(kind, namespace, name))
 
-    async def get_path(self, path: str) -> Object | None:
+    async def get_path(self, path: str, query: Mapping[str, str] | None = None) -> Object | None:
         """What lies at `path` now; None when there is nothing."""
         try:
-            return await self._call("GET", path)
+            return await self._call("GET", path, query=query)
         except ApiException as error:
             if error.status == HTTPStatus.NOT_FOUND:
                 return None

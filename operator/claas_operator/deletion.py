@@ -50,7 +50,9 @@ def plan_deletion(desk: Desk, references: References) -> Iterator[Action]:
     root = adapter.spec.storage.uri if adapter.spec else ""
     limit = timedelta(seconds=desk.settings.timings.deletion_limit_seconds)
     desk.wake(adapter.deleting + limit)
-    if adapter.spec is None or adapter.spec.deletion_policy == "Retain":
+    if adapter.spec is None:
+        yield from _leave(desk, f"its stored spec does not fit this release ({adapter.problem}): its versions stay")
+    elif adapter.spec.deletion_policy == "Retain":
         yield from _leave(desk, f"spec.deletionPolicy is Retain: what is at {root} and beside it stays", warning=False)
     elif (gone := desk.good("destroy")) is not None:
         yield _finalize(desk, held_back=False, note=_kept(desk, root, gone))

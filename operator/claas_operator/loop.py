@@ -28,13 +28,16 @@ from claas_operator.relist import relist, selectors
 from claas_operator.settings import Settings
 from claas_operator.snapshot import Entry, Kind, Snapshot
 from claas_operator.teacher import TeacherProbe
+from claas_operator.territory import EVERY, Territory, survey
 
 log = logging.getLogger(__name__)
 
 # More writes at once than this only queue up in the API server.
 MAX_IN_FLIGHT: Final = 64
-# Of these, the ones that only tell people what a request waits for: nobody's step may wait for them.
-MAX_TELLING: Final = 8
+# Writes that only tell people what a request waits for: one at a time and so rarely, until nothing else was written for
+# a while; a queue of thousands would make the work that it waits for slower. `plan` names no more than MAX_TELLING.
+TELLING_SECONDS: Final = 0.1
+QUIET_SECONDS: Final = 1.0
 # A write that failed is tried again after this, doubled each time.
 COOL_BASE_SECONDS: Final = 0.2
 COOL_CAP_SECONDS: Final = 30.0
@@ -59,9 +62,11 @@ class Loop:
         self._wake, self._look = asyncio.Event(), asyncio.Event()
         self._relist_now = asyncio.Event()
         self._synced = False  # whether the snapshot is known to be whole, since we lead
+        self._take(Territory(frozenset(settings.watch_namespaces)))
         self._cooling: dict[str, _Cooling] = {}
         self._skipped: dict[str, int] = {}  # uid and resourceVersion that were complained about
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._worked_at = self._told_at = 0.0  # when a write last began that does more than tell, or only tells
         self._beat = 0.0
         self.leader = Leader(
             api, settings, self._leadership_changed, lambda: owner_references(settings, self.snapshot.owner_uid)
@@ -143,17 +148,11 @@ class Loop:
                 if self._skipped.get(entry.uid) != entry.version:
                     self._skipped[entry.uid] = entry.version
                     log.error("nothing decided", extra={"object": str(entry), "error": type(error).__name__})
-            telling = sum(isinstance(action, Say) for action in self.snapshot.in_flight.values())
             for action in made.actions:
                 if len(self._tasks) >= MAX_IN_FLIGHT:
                     break  # the first of them to end wakes us
-                if isinstance(action, Say):
-                    if telling >= MAX_TELLING:
-                        continue
-                    telling += 1
-                cooling = self._cooling.get(action.key)
-                if cooling and cooling.until > started:
-                    timeout = min(timeout, cooling.until - started)
+                if wait := self._wait(action, started):
+                    timeout = min(timeout, wait)
                 elif action.key not in self._tasks:
                     self._start(action)
             self._metrics.workqueue_depth.set(len(self._tasks.keys() | {action.key for action in made.actions}))
@@ -162,7 +161,19 @@ class Loop:
             spent = loop.time() - started
             await asyncio.sleep(spent / PLAN_SHARE - spent)
 
+    def _wait(self, action: Action, now: float) -> float:
+        """Seconds until an action may go; it is planned again then."""
+        cooling = self._cooling.get(action.key)
+        wait = cooling.until - now if cooling else 0.0
+        if isinstance(action, Say) and now < self._worked_at + QUIET_SECONDS:
+            wait = max(wait, self._told_at + TELLING_SECONDS - now)
+        return max(0.0, wait)
+
     def _start(self, action: Action) -> None:
+        if isinstance(action, Say):
+            self._told_at = asyncio.get_running_loop().time()
+        else:
+            self._worked_at = asyncio.get_running_loop().time()
         self.snapshot.in_flight[action.key] = action
         task = asyncio.create_task(self._do(action), name=f"{type(action).__name__} {action.about}")
         self._tasks[action.key] = task
@@ -225,6 +236,9 @@ class Loop:
     async def _relist(self) -> None:
         leading = self.leader.leading()
         await self._find_owner()
+        found = await survey(self._api, self._territory.own, self.settings.cluster_role)
+        if found != self._territory:
+            self._take(found)
         await relist(self._api, self.snapshot, selectors(self.settings))
         now, here = asyncio.get_running_loop().time(), self.snapshot
         self._cooling = {key: c for key, c in self._cooling.items() if now < c.until + FORGET_SECONDS}
@@ -233,6 +247,15 @@ class Loop:
             self._synced = True
             log.info("synced", extra={kind.value: len(here.table(kind)) for kind in Kind})
         self._wake.set()
+
+    def _take(self, found: Territory) -> None:
+        """Decides about these namespaces from now on."""
+        self._territory = found
+        self.snapshot.serves = found.serves
+        for namespace, role in found.taken.items():
+            which = "every namespace that this release names" if namespace == EVERY else f"namespace {namespace}"
+            why = f"an older release (ClusterRole {role}) serves {which}: set watchNamespaces of both"
+            log.error("namespaces taken", extra={"namespaces": namespace, "clusterRole": role, "why": why})
 
     async def _find_owner(self) -> None:
         if self.settings.owner is None or self.snapshot.owner_uid is not None:

@@ -51,6 +51,11 @@ class Metrics:
             ["result", "reason"],
             registry=self.registry,
         )
+        self._cache_hits = prometheus_client.Counter(
+            "claas_adapter_cache_hits_total",
+            "Completed requests whose adapter their worker still had in memory",
+            registry=self.registry,
+        )
         self._bindings_lost = prometheus_client.Counter(
             "claas_bindings_lost_total",
             "Requests taken from a worker that was gone, or did not begin",
@@ -93,6 +98,8 @@ class Metrics:
         if isinstance(action, Complete):
             reason = action.status.get("reason") or Reason.SUCCEEDED
             self._steps.labels("Complete", reason).inc()
+            if (result := action.request.result) is not None and result.adapter_cached:
+                self._cache_hits.inc()
             for phase, seconds in _phases(action.status.get("timings") or {}):
                 self._phase.labels(phase).observe(seconds)
         elif isinstance(action, End):

@@ -32,7 +32,7 @@ from claas_operator.actions import (
     Retry,
     Say,
 )
-from claas_operator.adapters import plan_adapter, refuses
+from claas_operator.adapters import FAR, may_be_freed, plan_adapter, refuses, rests_until
 from claas_operator.operations import Registry, pool_of
 from claas_operator.permissions import may_read, not_permitted, permitted
 from claas_operator.references import References
@@ -46,9 +46,10 @@ from claas_store.uris import is_beside, parent_folder, version_name
 
 # A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.
 FRESH_PROBES: Final = 5
-# One plan ends, tells and deletes at most so many each: the loop writes no more at a time, and building
-# ten thousand patches would hold up whoever waits for a worker.
+# One plan ends and deletes at most so many each: the loop writes no more at a time, and building ten thousand patches
+# would hold up whoever waits for a worker. Fewer at a time only tell: nobody's step may wait behind them.
 MAX_PER_PLAN: Final = 64
+MAX_TELLING: Final = 8
 # Of an adapter or a bare request that no waiting can mend: the request ends.
 _LASTING: Final = (Reason.UNKNOWN_POOL, Reason.BASE_MODEL_MISMATCH, Reason.STORAGE_DENIED)
 
@@ -115,18 +116,21 @@ class _Planner:
     refusals: dict[str, tuple[Reason, str] | None] = field(default_factory=dict)
     quotas: dict[str, _Quota] = field(default_factory=dict)
     left: Counter[type[Action]] = field(
-        default_factory=lambda: Counter(dict.fromkeys((Say, End, DeleteRequest), MAX_PER_PLAN))
+        default_factory=lambda: Counter({End: MAX_PER_PLAN, DeleteRequest: MAX_PER_PLAN, Say: MAX_TELLING})
     )
     wake_at: datetime | None = None
     teacher_wanted: bool = False
     skipped: list[tuple[Entry, Exception]] = field(default_factory=list)
 
     def run(self) -> Plan:
+        self.left[Say] -= sum(isinstance(action, Say) for action in self.snapshot.in_flight.values())
         fleet = survey(self.snapshot, self.settings, self.now, self.wake)
         # More than these could not run, whatever is decided.
         places = sum(worker.slots for workers in fleet.ready.values() for worker in workers if worker.slots > 0)
         places += sum(pool.max_workers * pool.batch for pool in self.settings.pools)
         for line, queue in self.snapshot.queues.items():
+            if not self.snapshot.serves(line[0]):
+                continue
             at_work = self.snapshot.at_work.get(line, {})
             with self._apart(queue[0]):
                 if queue[0].bare:
@@ -140,14 +144,28 @@ class _Planner:
         operations = Registry(self.snapshot.jobs.values(), self.snapshot.pods.values())
         references = References(self.snapshot.named, self.settings)
         for adapter in self.snapshot.adapters.values():
-            if adapter.uid in self.snapshot.in_flight:
+            if adapter.uid in self.snapshot.in_flight or not self.snapshot.serves(adapter.namespace):
                 continue
             with self._apart(adapter):
+                if self._rests(adapter):
+                    continue
                 desk = operations.desk(adapter, self.snapshot, self.settings, self.now, self.wake)
                 self.first += plan_adapter(desk, references)
         self.first += fences(self.snapshot, self.settings, self.now, self.wake)
         actions = [a for a in (*self.first, *self.then, *self.last) if a.key not in self.snapshot.in_flight]
         return Plan(actions, self.wake_at, self.teacher_wanted, self.skipped)
+
+    def _rests(self, adapter: Adapter) -> bool:
+        """Whether there is nothing to do about an adapter before a time that is still to come."""
+        known = self.snapshot.rests.get(adapter.uid)
+        if known is None or known[0] is not adapter or known[1] is not self.settings:
+            known = self.snapshot.rests[adapter.uid] = (adapter, self.settings, rests_until(adapter, self.settings))
+        until = known[2]
+        if until is None or until <= self.now or may_be_freed(adapter, self.snapshot, self.settings):
+            return False
+        if until < FAR:
+            self.wake(until)
+        return True
 
     @contextlib.contextmanager
     def _apart(self, entry: Entry) -> Iterator[None]:
@@ -191,7 +209,7 @@ class _Planner:
         for request in queue:
             if request.says == Reason.ADAPTER_BUSY or request.uid in but:
                 continue
-            if not self.left[Say] or not self._due(request.created + self._delay):
+            if self.left[Say] <= 0 or not self._due(request.created + self._delay):
                 break  # the younger ones have not waited for long either
             if request.uid not in self.snapshot.in_flight:
                 self._say(request, Reason.ADAPTER_BUSY, describe(Reason.ADAPTER_BUSY))
@@ -516,7 +534,7 @@ class _Planner:
 
     def _takes(self, kind: type[Action]) -> bool:
         """Whether this plan has room for one more of what there may be thousands of; the next plan takes the rest."""
-        if not self.left[kind]:
+        if self.left[kind] <= 0:
             return False
         self.left[kind] -= 1
         return True
@@ -529,7 +547,8 @@ class _Planner:
             request = self.snapshot.requests[uid]
             if request.used_ms and self.settings.tenant(request.namespace).max_gpu_seconds_per_day:
                 at = day_after(request.used_at)
-            if self._due(at) and uid not in self.snapshot.in_flight and self._takes(DeleteRequest):
+            ours = self.snapshot.serves(request.namespace) and uid not in self.snapshot.in_flight
+            if ours and self._due(at) and self._takes(DeleteRequest):
                 self.last.append(DeleteRequest(request=request))
 
     # Quotas

@@ -1,7 +1,7 @@
 """`python -m claas_operator.release`: what `helm uninstall` runs first, so that no adapter waits for who is gone.
 
 It stops the operator (which would set its finalizers again), waits until its Pods are gone, and takes the finalizers
-off all adapters. Nothing in the store is touched: whoever deletes an adapter afterwards keeps its versions.
+off all adapters that it served. Nothing in the store is touched: whoever deletes an adapter later keeps its versions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Final
 
@@ -21,6 +21,7 @@ from claas_crds import names
 from claas_operator.api import FAILURES, Api, Object, connect, describe
 from claas_operator.main import log_as_json
 from claas_operator.snapshot import Kind
+from claas_operator.territory import survey
 
 log = logging.getLogger("claas_operator.release")  # also when it is the main module
 
@@ -30,8 +31,18 @@ LOOK_SECONDS: Final = 0.5
 TRIES: Final = 5
 
 
-async def release(api: Api, namespace: str, deployment: str, selector: str, stop_seconds: float = STOP_SECONDS) -> int:
+async def release(
+    api: Api,
+    namespace: str,
+    deployment: str,
+    selector: str,
+    serves: Callable[[str], bool] = lambda namespace: True,
+    stop_seconds: float = STOP_SECONDS,
+) -> int:
     """Stops the operator and takes its finalizers off; the number of adapters that had one.
+
+    Args:
+        serves: whether it decided about what is in a namespace; another release's adapters stay as they are.
 
     Raises:
         ApiException, aiohttp.ClientError, TimeoutError, OSError: the API server failed, or refused.
@@ -40,7 +51,8 @@ async def release(api: Api, namespace: str, deployment: str, selector: str, stop
     held_back = 0
     try:
         async for adapter in api.list(Kind.ADAPTER):
-            held_back += await _release(api, adapter)
+            if serves(adapter["metadata"]["namespace"]):
+                held_back += await _release(api, adapter)
     except ApiException as error:
         if error.status != HTTPStatus.NOT_FOUND:
             raise
@@ -91,13 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--namespace", required=True, help="of the release")
     parser.add_argument("--deployment", required=True, help="the operator's")
     parser.add_argument("--selector", required=True, help="labels of the operator's Pods")
+    parser.add_argument("--cluster-role", default="", help="the operator's")
+    parser.add_argument("--watch-namespaces", default="", help="that it served, comma-separated; empty: all")
     options = parser.parse_args(arguments)
     log_as_json("INFO")
 
     async def run() -> int:
         api = await connect()
         try:
-            return await release(api, options.namespace, options.deployment, options.selector)
+            own = frozenset(name for name in options.watch_namespaces.split(",") if name)
+            serves = (await survey(api, own, options.cluster_role)).serves
+            return await release(api, options.namespace, options.deployment, options.selector, serves)
         finally:
             await api.close()
 

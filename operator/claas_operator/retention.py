@@ -17,7 +17,8 @@ from claas_operator import status
 from claas_operator.actions import Action, Collect, Describe, Forget, Note, OnAdapter, StartDeletion
 from claas_operator.operations import Answer, Desk, each
 from claas_operator.references import References, beside
-from claas_operator.snapshot import CLOCK_SKEW, Adapter, parse_time
+from claas_operator.settings import Settings
+from claas_operator.snapshot import CLOCK_SKEW, EPOCH, Adapter, parse_time
 from claas_store.uris import version_name
 
 # So many versions beyond retention are not left lying until the adapter is idle: each collection costs two small Jobs.
@@ -87,13 +88,21 @@ def _give_back(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Actio
         yield start
 
 
+def collects_at(adapter: Adapter, settings: Settings) -> datetime | None:
+    """When to look for versions that go, by the length of its history alone; None: it is short."""
+    surplus = len(adapter.status.history) - status.keep_last(adapter)
+    if surplus <= 0:
+        return None
+    return EPOCH if surplus >= MANY_VERSIONS else _moved_at(adapter) + _delay(settings)
+
+
 def _begin(desk: Desk, references: References) -> Iterator[Action]:
-    adapter, history = desk.adapter, desk.adapter.status.history
-    if adapter.spec is None or len(history) <= status.keep_last(adapter):
+    adapter = desk.adapter
+    if adapter.spec is None or collects_at(adapter, desk.settings) is None:
         return
     if not (surplus := _surplus(desk)):
         return
-    due_at = _moved_at(adapter) + timedelta(seconds=desk.settings.timings.collect_delay_seconds)
+    due_at = _moved_at(adapter) + _delay(desk.settings)
     if len(surplus) < MANY_VERSIONS and desk.now < due_at:
         desk.wake(due_at)
         return
@@ -101,6 +110,10 @@ def _begin(desk: Desk, references: References) -> Iterator[Action]:
     going = _batch([name for name in surplus if not references.needed(beside(root, name), adapter)])
     if going:
         yield Collect(adapter=adapter, versions=tuple(going), status=status.collecting(adapter, going, desk.now))
+
+
+def _delay(settings: Settings) -> timedelta:
+    return timedelta(seconds=settings.timings.collect_delay_seconds)
 
 
 def _moved_at(adapter: Adapter) -> datetime:
@@ -159,13 +172,18 @@ def _tell(desk: Desk) -> Iterator[Action]:
 # Orphans
 
 
+def sweeps_at(adapter: Adapter, settings: Settings) -> datetime | None:
+    """When to look beside the adapter; None: never."""
+    interval = timedelta(seconds=settings.timings.sweep_seconds)
+    return (adapter.sweep_at or adapter.created + interval) if interval else None
+
+
 def plan_sweep(desk: Desk, references: References) -> Iterator[Action]:
     """Once in a while a Job looks beside the adapter for interrupted uploads and for versions that nobody names."""
     adapter, timings = desk.adapter, desk.settings.timings
-    interval = timedelta(seconds=timings.sweep_seconds)
-    if not interval or adapter.spec is None:
+    interval, due_at = timedelta(seconds=timings.sweep_seconds), sweeps_at(adapter, desk.settings)
+    if due_at is None or adapter.spec is None:
         return
-    due_at = adapter.sweep_at or adapter.created + interval
     if desk.now < due_at:
         desk.wake(due_at)
         return

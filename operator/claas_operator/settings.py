@@ -175,6 +175,7 @@ class Settings(_Part):
     instance: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="The Helm release.")
     namespace: str = Field(min_length=1, description="Of the release: Shared workers, their Leases, operation Jobs.")
     owner: Owner | None = None
+    watch_namespaces: tuple[str, ...] = Field((), description="What it serves; none named: all, but other releases'.")
     default_pool: str
     default_base_model: str
     storage: Storage = Field(default_factory=Storage)
@@ -202,6 +203,11 @@ class Settings(_Part):
         if len(self.instance) > 25:
             raise ValueError(f"instance {self.instance!r} is too long for a Job's name: at most 25 characters")
         return self
+
+    @property
+    def cluster_role(self) -> str:
+        """The operator's, as the chart names it."""
+        return f"{self.namespace}-{self.instance}-operator"
 
     def pool(self, name: str) -> Pool | None:
         """The pool of that name."""

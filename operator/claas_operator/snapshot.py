@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -24,6 +24,7 @@ from claas_crds.model import Condition, explain, refusal
 from claas_crds.reasons import ConditionType, Outcome, Reason
 from claas_crds.request import DistillRequestSpec, DistillRequestStatus, Result
 from claas_operator.references import Index
+from claas_operator.settings import Settings
 from claas_operator.usage import Usage
 
 Raw = Mapping[str, Any]
@@ -272,6 +273,8 @@ class Snapshot:
     teacher: TeacherHealth | None = None
     # Start of unbroken contact with the API server: a Lease may look stale only because we saw nothing.
     contact_since: datetime = EPOCH
+    # Whether we decide about what is in a namespace, or another release does. Objects are known wherever they are.
+    serves: Callable[[str], bool] = lambda namespace: True
     # uid of the operator's Deployment, which owns the Jobs of the release's namespace.
     owner_uid: str | None = None
     # Actions that are being applied, by their key: `plan` leaves what they touch alone and counts what they take.
@@ -295,6 +298,8 @@ class Snapshot:
     # When an ended request's time to live is over, and its uid, in this order.
     expiring: list[tuple[datetime, str]] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
+    # Until when `plan` has found nothing to do about an adapter: with the entry and the settings that it looked at.
+    rests: dict[str, tuple[Adapter, Settings, datetime | None]] = field(default_factory=dict)
     served: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     # Who names which version.
     named: Index = field(default_factory=Index)
@@ -351,6 +356,7 @@ class Snapshot:
 
     def _forget(self, kind: Kind, uid: str) -> None:
         entry = self.table(kind).pop(uid, None)
+        self.rests.pop(uid, None)
         if entry is not None:
             self._unindex(entry)
             name = (kind, entry.namespace, entry.name)
@@ -383,9 +389,10 @@ class Snapshot:
         return found if isinstance(found, Lease) and found.holder == pod.uid else None
 
     def unended(self) -> Iterator[Request]:
-        """Every request that has not ended."""
-        for queue in self.queues.values():
-            yield from queue
+        """Every request that has not ended and is ours to serve."""
+        for (namespace, _), queue in self.queues.items():
+            if self.serves(namespace):
+                yield from queue
 
     def _index(self, entry: AnyEntry, now: datetime) -> None:
         if isinstance(entry, Request):

@@ -219,7 +219,8 @@ def created(adapter: Adapter, uri: str, version: str, origin: str, now: datetime
     """The adapter has its first version, made from the one at `origin` if that is not empty."""
     came = origin.rstrip("/") == uri.rstrip("/")
     cause = Cause.CREATED if not origin else Cause.ADOPTED if came else Cause.FORKED
-    return _moved(adapter, uri, version, cause, frozenset(), now, [_IDLE], origin=origin)
+    made = _moved(adapter, uri, version, cause, frozenset(), now, [_IDLE], origin=origin)
+    return made | {"totals": {"steps": 0, "tokens": 0}}
 
 
 def rolled_back(adapter: Adapter, to: HistoryEntry, keep: frozenset[str], now: datetime) -> Patch:

@@ -23,7 +23,7 @@ from chart.test_install import (
     worker_template,
 )
 from cluster.controlplane import ControlPlane
-from kubectl import Kubectl
+from kubectl import CommandFailed, Kubectl
 
 pytestmark = pytest.mark.controlplane
 
@@ -39,10 +39,31 @@ def homes(kubectl: Kubectl) -> Iterator[dict[str, str]]:  # noqa: F811
     """The namespace of each release."""
     made = {which: restricted_namespace(kubectl) for which in RELEASES}
     for which, namespace in made.items():
-        kubectl.helm("install", RELEASES[which], str(CHART), "-n", namespace, "--set", VALUES)
+        serves = f"watchNamespaces={{{which}-a,{which}-b}}"
+        kubectl.helm("install", RELEASES[which], str(CHART), "-n", namespace, "--set", VALUES, "--set", serves)
     yield made
     for which, namespace in made.items():
         kubectl.helm("uninstall", RELEASES[which], "-n", namespace, "--no-hooks")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("", r"serves (one|two|three)-a,\w+-b, and of two that serve all namespaces"),
+        ("other,one-b", "one-b is another release's; a namespace has one operator"),
+    ],
+)
+def test_a_release_that_would_serve_what_another_serves_is_refused(
+    kubectl: Kubectl,  # noqa: F811
+    homes: dict[str, str],
+    names: str,
+    words: str,
+) -> None:
+    assert len(homes) == len(RELEASES)
+    given = ("--set", VALUES + (f",watchNamespaces={{{names}}}" if names else ""))
+    with pytest.raises(CommandFailed, match=words):
+        kubectl.helm("install", "fourth", str(CHART), "-n", homes["three"], *given)
+    kubectl.helm("upgrade", "solo", str(CHART), "-n", homes["three"], "--set", f"{VALUES},watchNamespaces={{three-a}}")
 
 
 def acting(kubectl: Kubectl, url: str, namespace: str, account: str, pod: str) -> kubernetes.client.ApiClient:  # noqa: F811

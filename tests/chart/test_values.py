@@ -23,6 +23,8 @@ from chart.rendering import CHART, Helm
         ("pools[0].name=x,pools[0].isolation=Namespace", ["pools[0] (x)", "needs modelClaim"]),
         ("pools[0].name=x,pools[1].name=x", ["pools[1].name", "another pool"]),
         ("poolDefaults.minWorkers=5", ["minWorkers 5 is more than maxWorkers 2"]),
+        ("watchNamespaces={Team}", ["/watchNamespaces/0", "does not match pattern"]),
+        ("watchNamespaces={a,a}", ["/watchNamespaces", "equal"]),
         ("defaultPool=a100", ["defaultPool: a100", "l40s"]),
         ("operator.replicas=3", ["/operator/replicas", "maximum"]),
         ("operator.timings.leaseSeconds=0", ["/operator/timings/leaseSeconds"]),

@@ -140,15 +140,6 @@ def run_cluster(layout: Layout, listening_fd: int) -> NoReturn:
         *("--kubelet-client-certificate", to_kubelet.certificate, "--kubelet-client-key", to_kubelet.key),
     ]
     components.start("kube-apiserver", api_server)
-    manager = kubeconfig("controller-manager", "system:kube-controller-manager")
-    components.start("kube-controller-manager", controlplane.controller_manager_command(kube, authority, manager))
-    scheduler: list[str | Path] = [
-        kube,
-        "kube-scheduler",
-        "--kubeconfig",
-        kubeconfig("scheduler", "system:kube-scheduler"),
-    ]
-    components.start("kube-scheduler", [*scheduler, "--leader-elect=false", "--secure-port", "0"])
     forward = [sys.executable, "-m", "cluster.forward", str(listening_fd), GATEWAY, str(API_PORT)]
     components.start("forward", forward, fds=[listening_fd])
     kubeconfig("proxy", "system:kube-proxy")
@@ -159,6 +150,16 @@ def run_cluster(layout: Layout, listening_fd: int) -> NoReturn:
     api = Api(API_URL, authority.certificate, admin)
     wait_for("the API server", api.ready, API_SECONDS, needs=components.running, logs=components.logs)
     say(f"the API server is ready after {time.monotonic() - started:.1f} s")
+    # These give up on an API server that does not answer soon
+    manager = kubeconfig("controller-manager", "system:kube-controller-manager")
+    components.start("kube-controller-manager", controlplane.controller_manager_command(kube, authority, manager))
+    scheduler: list[str | Path] = [
+        kube,
+        "kube-scheduler",
+        "--kubeconfig",
+        kubeconfig("scheduler", "system:kube-scheduler"),
+    ]
+    components.start("kube-scheduler", [*scheduler, "--leader-elect=false", "--secure-port", "0"])
     binding = {
         "metadata": {"name": "kube-proxy"},
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "system:node-proxier"},

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 from claas_operator.actions import End, Say
-from claas_operator.loop import MAX_TELLING, Loop
+from claas_operator.loop import TELLING_SECONDS, Loop
 from claas_operator.metrics import Metrics
+from claas_operator.plan import MAX_TELLING
 from operatorkit import MemoryApi, kind_of, request, settings
 
 
@@ -47,3 +49,44 @@ async def test_what_only_tells_leaves_room_for_what_ends() -> None:
         turns.cancel()
         for task in loop._tasks.values():
             task.cancel()
+
+
+async def test_while_there_is_work_what_only_tells_is_written_rarely() -> None:
+    """Two hundred wait; with each of them that is told, one more is cancelled."""
+    told: list[float] = []
+    enough = asyncio.Event()
+
+    async def write() -> None:
+        writes = Counter(type(action) for action in loop.snapshot.in_flight.values())
+        if writes[Say] > len(told):
+            told.append(asyncio.get_running_loop().time())
+            cancel()
+        if len(told) == 6:
+            enough.set()
+        await asyncio.Event().wait()
+
+    loop = Loop(settings(), MemoryApi(pause=write), Metrics())  # type: ignore[arg-type]
+    loop.leader._leads_until, loop._synced = math.inf, True
+    long_ago = datetime.now(UTC) - timedelta(minutes=1)
+    cancelled = itertools.count()
+
+    def see(raw: dict[str, object]) -> None:
+        loop.observe(kind_of(raw), {"object": raw})
+
+    def cancel() -> None:
+        see(request(f"x{next(cancelled)}", "a0", spec={"cancel": True}, created=long_ago))
+
+    cancel()
+    turns = asyncio.create_task(loop._turns())
+    try:
+        await asyncio.sleep(0)  # the end of the first one begins
+        for i in range(200):
+            see(request(f"r{i}", f"a{i}", created=long_ago))
+        async with asyncio.timeout(10):
+            await enough.wait()
+    finally:
+        turns.cancel()
+        for task in loop._tasks.values():
+            task.cancel()
+    between = [later - earlier for earlier, later in itertools.pairwise(told)]
+    assert min(between) > 0.9 * TELLING_SECONDS

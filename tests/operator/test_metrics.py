@@ -27,6 +27,7 @@ NAMES = {
     "claas_queue_depth",
     "claas_queue_oldest_seconds",
     "claas_workers",
+    "claas_adapter_cache_hits",
     "claas_bindings_lost",
     "claas_steps",
     "claas_gpu_seconds",
@@ -139,6 +140,17 @@ def test_ends_are_counted_by_what_they_were() -> None:
     assert found['claas_gpu_seconds_total{namespace="team"}'] == 4
     assert found['claas_request_phase_seconds_sum{phase="queue"}'] == 1.5
     assert found['claas_request_phase_seconds_sum{phase="step"}'] == 0.07
+
+
+def test_a_step_is_a_cache_hit_where_its_worker_says_so() -> None:
+    metrics = Metrics()
+    for cached in (True, False, None, True):
+        status = bound(WORKER) | claim(WORKER) | result()
+        status["result"] |= {} if cached is None else {"adapterCached": cached}
+        metrics.done(Complete(request=parsed(request("r", status=status)), status={"state": "Complete", "reason": ""}))
+    found = series(scraped(metrics.registry))
+    assert found["claas_adapter_cache_hits_total"] == 2
+    assert found['claas_steps_total{reason="Succeeded",result="Complete"}'] == 4
 
 
 def test_a_binding_is_lost_with_its_worker_or_when_it_is_moved() -> None:

@@ -281,17 +281,19 @@ def test_a_fork_that_was_made_is_trained_also_when_forking_is_no_longer_allowed(
     assert about(decide(forked, request("r"), *workers(WORKER)), Lock)
 
 
-def test_what_is_wrong_with_a_source_has_its_own_reason_and_requests_say_it() -> None:
+@pytest.mark.parametrize("reason", [Reason.ADAPTER_INVALID, Reason.VERSION_COLLECTED])
+def test_what_is_wrong_with_a_source_has_its_own_reason_and_requests_say_it(reason: Reason) -> None:
     new = adapter(head=0, spec={"initFrom": {"uri": f"{PREFIX}theirs/"}})
-    bad = {"ok": False, "reason": "AdapterInvalid", "message": "key x.lora_A.weight is missing", "retryable": False}
+    bad = {"ok": False, "reason": reason.value, "message": "key x.lora_A.weight is missing", "retryable": False}
     say = only(decide(new, *answered("create", bad)), Describe)
     assert isinstance(say, Describe)
     ready = condition(say.status, "Ready")
-    assert (ready["reason"], ready["message"]) == (Reason.ADAPTER_INVALID, "key x.lora_A.weight is missing")
+    assert (ready["reason"], ready["message"]) == (reason, "key x.lora_A.weight is missing")
     assert say.note is not None
+    assert not decide(after(new, say), *answered("create", bad)).actions, "nothing is tried again"
     waiting = about(decide(after(new, say), request("r"), at=60), Say)[0]
     assert isinstance(waiting, Say)
-    assert "AdapterInvalid: key x.lora_A.weight is missing" in waiting.status["conditions"][-1]["message"]
+    assert f"{reason}: key x.lora_A.weight is missing" in waiting.status["conditions"][-1]["message"]
 
 
 NOTHING_THERE = {"ok": False, "reason": "AdapterInvalid", "message": "nothing there", "retryable": False}
@@ -425,6 +427,16 @@ def test_the_way_out_is_to_retain() -> None:
     kept["spec"] = kept["spec"] | {"deletionPolicy": "Retain"}
     assert [type(a) for a in decide(kept).actions] == [Finalize]
     assert finalizers(decide(kept)) == ()
+
+
+def test_an_adapter_whose_spec_nobody_here_can_read_goes_and_says_so() -> None:
+    """An object of a later release, after a downgrade: what it wanted is not guessed at."""
+    stored = held_back(deleted=True)
+    stored["spec"] = stored["spec"] | {"baseModel": ""}
+    change = only(decide(stored), Finalize)
+    assert change.note is not None
+    assert change.note.reason == Reason.VERSIONS_LEFT
+    assert "its stored spec does not fit this release (baseModel" in change.note.message.replace("spec.", "")
 
 
 def test_a_deletion_that_is_called_off_stops_its_job_first() -> None:

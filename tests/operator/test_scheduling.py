@@ -13,7 +13,7 @@ import pytest
 from claas_crds import names
 from claas_crds.reasons import Reason
 from claas_operator.actions import Bind, DeleteRequest, Lock, Say, StartJob
-from claas_operator.plan import MAX_PER_PLAN, plan
+from claas_operator.plan import MAX_PER_PLAN, MAX_TELLING, plan
 from claas_operator.queueing import place
 from claas_operator.settings import Settings
 from claas_operator.shim.places import Places
@@ -403,7 +403,7 @@ def test_two_requests_on_one_adapter_are_never_in_one_batch() -> None:
 def test_ten_thousand_wait_and_one_plan_tells_some_of_them() -> None:
     queue = [request(f"r{i:04}", created=later(i // 100)) for i in range(3000)]
     made = decide(adapter(status={"active": active("r0000")}), *queue, *workers(WORKER), at=200)
-    assert len(about(made, Say)) == MAX_PER_PLAN
+    assert len(about(made, Say)) == MAX_TELLING
     assert [a.request.name for a in about(made, Say)][:2] == ["r0001", "r0002"], "the oldest first"  # type: ignore[attr-defined]
     assert len(about(made, Bind)) == 1
 
@@ -411,7 +411,7 @@ def test_ten_thousand_wait_and_one_plan_tells_some_of_them() -> None:
 def test_the_many_bare_requests_are_all_told_why_they_wait() -> None:
     seen = snapshot(*(waiting(f"r{i}", "team") for i in range(600)), *workers(WORKER), now=later(3))
     told = set[str]()
-    for _ in range(1 + 600 // MAX_PER_PLAN):
+    for _ in range(1 + 600 // MAX_TELLING):
         for i, action in enumerate(plan(seen, settings(pool={"maxWorkers": 1}), later(3)).actions):
             if isinstance(action, Say):
                 told.add(action.request.name)

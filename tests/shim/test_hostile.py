@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
 import socket
+import time
 from typing import Any
 
 import httpx
@@ -308,3 +310,39 @@ def test_a_slow_body_is_given_up(shim: Shim, stage: ShimStage) -> None:
                 continue
             break
     assert found.startswith(b"HTTP/1.1 408") and b"application/problem+json" in found
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("drips", ["", "X: y\r\n"], ids=["silence", "one header after the other"])
+def test_headers_that_never_end_are_given_up(shim: Shim, drips: str) -> None:
+    """After ten seconds; a call that takes longer than that, and one that comes later, are answered."""
+    with socket.create_connection(("127.0.0.1", shim.port), timeout=2) as connection:
+        if drips:
+            connection.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n")
+        started = time.monotonic()
+        while time.monotonic() - started < 20:
+            try:
+                connection.sendall(drips.encode())
+                if connection.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        assert 8 < time.monotonic() - started < 16
+
+
+@pytest.mark.stress
+def test_a_connection_serves_calls_that_take_longer_than_its_headers_may(shim: Shim, stage: ShimStage) -> None:
+    stage.adapter("asleep-too", ready=False)
+    said = json.dumps({"adapter": "asleep-too", "prompt": "p", "response": "r"})
+    headers = JSON | {"Authorization": f"Bearer {stage.token()}"}
+    connection = http.client.HTTPConnection("127.0.0.1", shim.port, timeout=30)
+    connection.connect()
+    socket_before = connection.sock
+    for _ in range(2):
+        connection.request("POST", "/v1/distill?wait=12", said, headers)
+        answer = connection.getresponse()
+        assert (answer.status, connection.sock) == (202, socket_before), answer.read()
+        answer.read()
+    connection.close()

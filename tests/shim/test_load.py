@@ -27,6 +27,7 @@ pytestmark = pytest.mark.controlplane
 CALLERS = 200
 ARRIVAL_SECONDS = 4.0
 WAITING = 1000
+CUT_OFF = 60  # callers of a shim that is killed
 # The bound is judged on a machine that does nothing else (`make bench-api`); shared cores would be measured instead.
 LATE_SECONDS = float(os.environ.get("CLAAS_LATE_SECONDS", "inf"))
 MEMORY_BYTES = 100 * 2**20
@@ -169,15 +170,15 @@ async def test_a_killed_shims_callers_get_the_one_right_answer_from_the_next(sta
                 continue
         raise AssertionError("no replica answered")
 
-    calls = [asyncio.create_task(call(number)) for number in range(CALLERS)]
-    for some in itertools.islice(asyncio.as_completed(calls), CALLERS // 10):
+    calls = [asyncio.create_task(call(number)) for number in range(CUT_OFF)]
+    for some in itertools.islice(asyncio.as_completed(calls), CUT_OFF // 6):
         await some
     first.kill()
     answers = await asyncio.gather(*calls)
     assert {answer.status_code for answer in answers} == {200}
     where = [answer.headers["content-location"] for answer in answers]
     uris = [answer.json()["lora_uri"] for answer in answers]
-    assert len(set(where)) == len(set(uris)) == CALLERS
+    assert len(set(where)) == len(set(uris)) == CUT_OFF
     assert all(f"/load-{number}-" in uri for number, uri in enumerate(uris))
     async with client_of(stage, second.url) as client:
         made: list[str] = []
@@ -189,7 +190,7 @@ async def test_a_killed_shims_callers_get_the_one_right_answer_from_the_next(sta
             made += [r["parent_uri"] for r in page["items"] if r["id"] in {path.rpartition("/")[2] for path in where}]
             if not (token := page.get("continue")):
                 break
-    assert len(made) == len(set(made)) == CALLERS, "each was trained once"
+    assert len(made) == len(set(made)) == CUT_OFF, "each was trained once"
 
 
 @pytest.mark.stress

@@ -203,6 +203,18 @@ def test_without_authentication_there_is_one_tenant_and_the_log_says_so(
     shim.kill()
 
 
+def test_a_namespace_that_the_release_does_not_serve_is_not_asked_in_vain(
+    stage: ShimStage, secrets: dict[str, str]
+) -> None:
+    shim = stage.start_shim(watchNamespaces=[stage.team])
+    with shim.client() as client, shim.client(stage.token("editor", stage.other)) as another:
+        assert client.get("/v1/requests").status_code == 200
+        refused = another.get("/v1/requests")
+        assert refused.status_code == 403
+        assert f"this one serves {stage.team}" in refused.json()["fix"]
+    shim.kill()
+
+
 def test_a_withdrawn_right_is_gone_within_the_caches_time(stage: ShimStage, secrets: dict[str, str]) -> None:
     shim = stage.start_shim(auth={"cacheSeconds": 0.5})
     token = stage.token("viewer", stage.other)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
+import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,27 @@ from hypothesis import strategies as st
 
 from claas_crds.adapter import Lora
 from claas_crds.reasons import Reason
-from claas_store.create import init_adapter
-from claas_store.errors import StoreError, VersionInvalid
+from claas_store.collect import delete, destroy, restore, sweep, tombstone
+from claas_store.create import create_adapter, init_adapter
+from claas_store.errors import StoreError, TooLarge, VersionInvalid
+from claas_store.fsck import fsck
 from claas_store.limits import MAX_HEADER_BYTES
 from claas_store.stores import open_store
+from claas_store.tombstone import TOMBSTONE, VERDICT
 from claas_store.version import (
     ADAPTER,
     CONFIG,
     MANIFEST,
     OPTIMIZER,
+    Manifest,
+    ParentVersion,
     Version,
+    find_manifest,
     parse_adapter,
     parse_config,
+    read_config,
     read_version,
+    write_version,
 )
 from store import examples
 from store.chains import first
@@ -252,11 +263,104 @@ def test_a_version_that_claims_too_much_is_not_copied(root: Path, model: Path) -
     assert_refused(home, model, "more than the")
 
 
+HUGE = 10 * 2**30
+
+
+def swell(root: Path, *path: str) -> None:
+    """10 GB under an object's name; sparse: they take no room here, and would in memory."""
+    with root.joinpath(*path).open("wb") as file:
+        file.truncate(HUGE)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, TOMBSTONE, VERDICT, CONFIG, ADAPTER, OPTIMIZER])
+def test_ten_gigabytes_under_the_name_of_any_object_cost_no_memory(root: Path, model: Path, name: str) -> None:
+    """Whatever is asked for: it does without the object, or says which is too large and how much is read of it."""
+    home = f"file://{root}/"
+    create_adapter(f"{home}coder", examples.BASE, model, examples.LORA, examples.UID)
+    later = "coder-20260101-000000-01234567"
+    first_sha = read_version(f"{home}coder").manifest_sha256
+    made = Manifest(
+        base_model=examples.BASE,
+        adapter_uid=examples.UID,
+        request_uid=examples.UID,
+        parent=ParentVersion(uri=f"{home}coder/", sha256=first_sha),
+    )
+    write_version(f"{home}{later}", examples.CONFIG, examples.tensors(), examples.optimizer(), made)
+    swell(root, later, name)
+    swell(root, "coder", name)
+    acts: dict[str, Callable[[], object]] = {
+        "read": lambda: read_version(f"{home}{later}"),
+        "read, with a bound": lambda: read_version(f"{home}{later}", max_bytes=2**20),
+        "manifest": lambda: find_manifest(f"{home}{later}"),
+        "config": lambda: read_config(f"{home}{later}"),
+        "create again": lambda: create_adapter(f"{home}coder", examples.BASE, model, examples.LORA, examples.UID),
+        "adopt": lambda: init(f"{home}coder", f"{home}coder", model),
+        "fork": lambda: init(f"{home}fork", f"{home}{later}", model),
+        "fsck": lambda: fsck(f"{home}coder"),
+        "sweep": lambda: sweep(f"{home}coder", ["coder"], 0),
+        "tombstone": lambda: tombstone(f"{home}coder", [later], "retention"),
+        "restore": lambda: restore(f"{home}coder", [later]),
+        "delete": lambda: delete(f"{home}coder", [later]),
+        "destroy": lambda: destroy(f"{home}coder", adapter_uid=examples.UID),
+    }
+    if name in (ADAPTER, OPTIMIZER):
+        del acts["fsck"]  # it reads every byte that a digest stands for, piece by piece: ten seconds of zeros
+    refusals = list[StoreError]()
+    tracemalloc.start()
+    for what, act in acts.items():
+        try:
+            act()
+        except StoreError as error:
+            refusals.append(error)
+        assert tracemalloc.get_traced_memory()[1] < 2**25, what
+    tracemalloc.stop()
+    too_large = [str(error) for error in refusals if isinstance(error, TooLarge)]
+    assert too_large or name == VERDICT, "which goes with the next tombstone"
+    for said in too_large:
+        assert re.search(rf"{name} has {HUGE} bytes, at most \d+ are read", said)
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_version_of_ones_own_that_claims_too_much_is_not_read(root: Path, model: Path, forked: bool) -> None:
+    """Who may write at spec.storage.uri may write a manifest there as the operation itself would, uid and all."""
+    home = f"file://{root}/"
+    put(f"{home}theirs/")
+    put(f"{home}mine/")
+    made = Manifest(base_model=examples.BASE, adapter_uid=examples.UID)
+    said = made.model_dump(by_alias=True, exclude_none=True, mode="json")
+    said["files"] = {CONFIG: {"sha256": "0" * 64, "size": 10}, ADAPTER: {"sha256": "0" * 64, "size": 3 * 2**30}}
+    if forked:
+        said["parent"] = {"uri": f"{home}theirs/", "sha256": "0" * 64}
+    open_store(home).put(f"{home}mine/{MANIFEST}", json.dumps(said).encode())
+    with (root / "mine" / ADAPTER).open("wb") as file:
+        file.truncate(3 * 2**30)
+
+    def again() -> Version:
+        if forked:
+            return init(f"{home}mine", f"{home}theirs", model)
+        return create_adapter(f"{home}mine", examples.BASE, model, examples.LORA, examples.UID)
+
+    tracemalloc.start()
+    with pytest.raises(VersionInvalid, match=f"{ADAPTER} has {3 * 2**30} bytes, at most .* are read here"):
+        again()
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 def test_a_config_with_a_number_that_json_has_not_is_refused(home: str, model: Path, number: str) -> None:
     text = json.dumps(examples.CONFIG | {"lora_dropout": 7.5}).replace("7.5", number)
     put(f"{home}theirs/", text.encode())
     assert_refused(home, model, f"{CONFIG} is not JSON")
+
+
+def test_a_name_that_appears_twice_among_very_many_is_found_at_once() -> None:
+    """In the largest header that is read at all; looked for pair by pair it would take hours, on a worker's thread."""
+    names = ",".join(f'"k{i}":0' for i in range(500_000))
+    started = time.process_time()
+    with pytest.raises(VersionInvalid, match="k499999 appears twice"):
+        parse_adapter(raw(f'{{{names},"k499999":0}}'), "uri")
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("text", ['{"r": 4, "r": 8}', '{"peft_type": "LORA", "x": {"a": 1, "a": 2}}'])
@@ -278,6 +382,16 @@ def test_a_config_that_two_readers_would_read_differently_is_refused(home: str, 
         {"rank_pattern": ["q_proj"]},
         {"rank_pattern": {"x_proj": [[4]]}},
         {"layers_to_transform": [0], "layers_pattern": ["(a*)*"]},
+        {"target_modules": ".?" * 60 + "x"},
+        {"target_modules": "(.|.)" * 31 + "x"},
+        {"target_modules": "((.|.)|(.|.))" * 15 + "x"},
+        {"target_modules": ".*.*.*" + "(q|k|v|o)" * 2},
+        {"target_modules": [f"q_proj{n}" for n in range(1000)]},
+        {"exclude_modules": [f"q_proj{n}" for n in range(1000)]},
+        {"layers_pattern": [f"layers{n}" for n in range(1000)]},
+        {"exclude_modules": "(l|la)?" * 30},
+        {"rank_pattern": {"(.|.)" * 31: 4}},
+        {"alpha_pattern": {f".*(q|v){n}": 4 for n in range(500)}},
     ],
 )
 def test_a_pattern_that_would_keep_a_worker_busy_is_refused(change: dict[str, Any]) -> None:
@@ -286,8 +400,15 @@ def test_a_pattern_that_would_keep_a_worker_busy_is_refused(change: dict[str, An
 
 
 def test_the_patterns_that_people_write_are_read() -> None:
-    change = {"target_modules": r".*\.layers\.(0|1|2)\.self_attn\.(q|v)_proj", "rank_pattern": {".*q_proj": 8}}
-    parse_config(json.dumps({**examples.CONFIG, **change}).encode(), "uri")
+    layers = "|".join(map(str, range(64)))
+    for targets in (
+        r".*\.layers\.(0|1|2)\.self_attn\.(q|v)_proj",
+        rf"(?:model\.)?layers\.({layers})\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        r"^(?!.*visual).*(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*",
+        "all-linear",
+    ):
+        change = {"target_modules": targets, "rank_pattern": {f".*layers.{n}.(q|k|v|o)_proj": 8 for n in range(64)}}
+        parse_config(json.dumps({**examples.CONFIG, **change}).encode(), "uri")
 
 
 def test_a_worker_that_adopts_a_bare_folder_refuses_what_it_can_without_the_model(home: str) -> None:

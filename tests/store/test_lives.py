@@ -119,7 +119,7 @@ class Adapter:
         return [name(uri) for uri in dict.fromkeys(self.history)]
 
 
-@pytest.mark.parametrize(("where", "chance"), [("file", 0.12), ("s3", 0.05)])
+@pytest.mark.parametrize(("where", "chance"), [pytest.param("file", 0.12, marks=pytest.mark.stress), ("s3", 0.05)])
 def test_a_hundred_versions_two_forks_and_a_rollback_under_random_kills(
     where: str, chance: float, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

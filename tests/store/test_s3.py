@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from claas_store import s3
-from claas_store.errors import AlreadyExists, NotFound, StorageDenied, StorageUnavailable, StoreError
+from claas_store.errors import AlreadyExists, NotFound, StorageDenied, StorageUnavailable, StoreError, TooLarge
+from claas_store.limits import MAX_MANIFEST_BYTES
 from claas_store.stores import open_store
-from claas_store.version import find_manifest, read_version
+from claas_store.version import MANIFEST, find_manifest, read_version
 from objectstore import ObjectStore, running
 from store.proxy import LossyProxy, lossy
 
@@ -77,6 +80,28 @@ def test_large_objects_go_up_in_parts_and_appear_once(
         open_store(bucket).put(f"{bucket}object", data[::-1])
     assert open_store(bucket).get(f"{bucket}object") == data
     assert "Uploads" not in object_store.client().list_multipart_uploads(Bucket=object_store.bucket)
+
+
+def test_a_server_that_sends_on_and_on_without_a_length_is_not_read_to_its_end(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Endless(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client has had enough
+                while True:
+                    self.wfile.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(TooLarge, match=f"{MANIFEST} has more than the {MAX_MANIFEST_BYTES} bytes that are read"):
+            find_manifest(bucket)
+        server.shutdown()
 
 
 def test_a_wrong_secret_is_denied_and_not_told(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -414,6 +414,11 @@ def test_a_config_that_is_no_loras(change: dict[str, Any], named: str) -> None:
         ({"a.exp_avg": (2,), "a.exp_avg_sq": (2,)}, {}, "header"),
         ({"a.exp_avg": (2,), "a.exp_avg_sq": (2,)}, {"claas": "{}"}, "header"),
         ({"a.exp_avg": (2,), "a.exp_avg_sq": (2,)}, {"claas": '{"schemaVersion": 1, "step": -1}'}, "header"),
+        (
+            {"a.exp_avg": (2,), "a.exp_avg_sq": (2,)},
+            {"claas": f'{{"schemaVersion": 1, "step": {10**400}, "rank": 2, "targetModules": ["a"]}}'},
+            "header",
+        ),
     ],
 )
 def test_optimizer_state_that_is_none(tensors: dict[str, Any], header: dict[str, str] | None, said: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from claas_teacher import wire
 from claas_teacher.client import QUEUE_HEADER, SCORE_PATH, TIMEOUT_HEADER, TeacherClient
-from claas_teacher.errors import TeacherRefused
+from claas_teacher.errors import TeacherError, TeacherRefused
 from claas_teacher.fingerprint import fingerprint
 from claas_teacher.scores import Scores
 from stockserver import stock
@@ -22,6 +22,7 @@ from vllmserver import TeacherServer
 pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4
 
+MARKER = "the wombat sings at dawn"
 QUESTION = "Write a function to calculate factorial, and say in one sentence how it ends.\n"
 ANSWER = """def factorial(n):
     if n <= 1:
@@ -139,14 +140,45 @@ def test_its_limits_are_refused_by_the_server_as_the_client_foretells(
         client.score([1], [2], info.max_logprobs + 1)
 
 
-def test_no_text_and_no_ids_reach_the_log(teacher_server: TeacherServer, client: TeacherClient, samples: Any) -> None:
-    prompt, response = samples[0]
-    client.score(prompt, response, 1)
-    httpx.post(f"{teacher_server.url}/v1/completions", json={"prompt": QUESTION, "max_tokens": "x"}, timeout=60)
-    log = teacher_server.log.read_text(errors="replace")
-    assert "/v1/completions" in log  # it is the log
-    assert "factorial" not in log
-    assert ", ".join(map(str, response[:4])) not in log
+def test_nothing_of_a_sample_is_told(teacher_server: TeacherServer, tokenizer: Any) -> None:
+    """A marker in prompts and responses, of scorings that succeed or fail: in no log, metric or answer."""
+    url, marker = teacher_server.url, tokenizer.encode(MARKER)
+    response = [*marker, *tokenizer.encode(ANSWER)]
+    frame, begun = frame_of((marker, response)), teacher_server.log.stat().st_size
+
+    def post(path: str, **given: Any) -> httpx.Response:
+        return httpx.post(f"{url}{path}", timeout=60, **given)
+
+    long = [*marker * (2048 // len(marker) + 1)]
+    answers = {
+        "scored": (200, post(SCORE_PATH, content=frame)),
+        "cut": (400, post(SCORE_PATH, content=frame[:-3])),
+        "no frame": (400, post(SCORE_PATH, content=f"{MARKER} {MARKER}")),
+        "too long": (422, post(SCORE_PATH, content=frame_of((long, response)))),
+        "too wide": (422, post(SCORE_PATH, content=frame_of((marker, response), width=4000))),
+        "no token": (422, post(SCORE_PATH, content=frame_of((marker, [*response, 10**6])))),
+        "late": (504, post(SCORE_PATH, content=frame_of(([*long[:1000]], response)), headers={TIMEOUT_HEADER: "1"})),
+        "no number": (400, post("/v1/completions", json={"prompt": MARKER, "max_tokens": "x"})),
+        "no body": (400, post("/v1/completions", content=MARKER, headers={"content-type": "application/json"})),
+        "too many": (400, post("/v1/completions", json={"prompt": long, "max_tokens": 1, "prompt_logprobs": 5})),
+        "completed": (200, post("/v1/completions", json={"prompt": MARKER, "max_tokens": 1})),
+    }
+    assert {name: answer.status_code for name, (_, answer) in answers.items()} == {
+        name: code for name, (code, _) in answers.items()
+    }
+    told = {name: answer.text for name, (_, answer) in answers.items() if name not in ("scored", "completed")}
+    with TeacherClient(url) as client:
+        for number, (prompt, those, k) in enumerate([(long, response, 1), (marker, response, 4000)]):
+            with pytest.raises(TeacherError) as caught:
+                client.score(prompt, those, k)
+            told[f"client's error {number}"] = str(caught.value)
+    told["metrics"] = httpx.get(f"{url}/metrics", timeout=60).text
+    told["log"] = teacher_server.log.read_bytes()[begun:].decode(errors="replace")
+    assert "/v1/completions" in told["log"] and "claas_teacher_requests_total" in told["metrics"]  # it is they
+    ids = [", ".join(map(str, some[:4])) for some in (marker, response[len(marker) :])]
+    for where, text in told.items():
+        assert MARKER not in text, f"text of a sample in {where}: {text[:500]}"
+        assert not [run for run in ids if run in text], f"ids of a sample in {where}: {text[:500]}"
 
 
 def frame_of(*samples: tuple[list[int], list[int]], width: int = 20) -> bytes:

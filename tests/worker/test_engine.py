@@ -293,11 +293,12 @@ def test_what_stays_in_memory_is_what_the_store_holds(
 
     reads: list[str] = []
     monkeypatch.setattr(step, "read_version", lambda uri, **more: reads.append(uri) or read_version(uri, **more))
-    uri = start
+    uri, cached = start, []
     for _ in range(3):
         result = fast.run(uri, [SHORT])
         uri = result.lora_uri
-    assert reads == [start]
+        cached.append(result.adapter_cached)
+    assert (reads, cached) == ([start], [False, True, True])
     resident = read_version(uri)
     assert all(np.array_equal(read.tensors[key], resident.tensors[key]) for key in read.tensors)
     assert read.optimizer is not None

@@ -24,7 +24,7 @@ import models
 from claas_crds.reasons import Reason
 from claas_crds.request import Result, Training
 from claas_store import uris
-from claas_store.errors import AlreadyExists, NotFound
+from claas_store.errors import AlreadyExists, NotFound, VersionInvalid
 from claas_store.stores import open_store
 from claas_store.version import read_version, write_version
 from claas_teacher.client import TeacherClient
@@ -556,6 +556,17 @@ def test_oracle_13_nothing_of_another_request_or_parent_is_adopted(trainee: Trai
     manifest = read_version(again.lora_uri).manifest
     assert manifest.parent is not None
     assert (manifest.request_uid, manifest.parent.uri) == (uid, parent)
+
+
+def test_what_a_dead_attempt_is_said_to_have_finished_is_read_within_bounds(trainee: Trainee) -> None:
+    """Whoever may write below the prefix may write such a manifest; the worker is everybody's."""
+    uri, uid = trainee.adapter("a"), str(uuid.uuid4())
+    manifest = trainee.run(uri, uid=uid).lora_uri + "claas.json"
+    said = json.loads(open_store(manifest).get(manifest))
+    said["files"]["adapter_model.safetensors"]["size"] = 3 * 2**30
+    open_store(manifest).put(manifest, json.dumps(said).encode(), if_absent=False)
+    with pytest.raises(VersionInvalid, match=rf"adapter_model\.safetensors has {3 * 2**30} bytes, at most"):
+        trainee.run(uri, uid=uid, attempt=2)
 
 
 # Where the samples come from

@@ -7,8 +7,9 @@ from a file is shown only where it looks like a name.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -45,8 +46,11 @@ PLAIN_VALUES: Final[Mapping[str, tuple[object, ...]]] = {
 # What one rank, one alpha and a list of layers' names cannot say; a server that reads only these would be wrong.
 PATTERN_FIELDS: Final = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules")
 
-_MAX_PATTERNS = 512
+_MAX_PATTERNS = 256  # of ranks, and as many of alphas: Python's `re` keeps 512 compiled
+_MAX_NAMES = 512  # in a list, each of which is looked for in every module's name
 _MAX_PATTERN_CHARACTERS = 1024
+_NAME_CHARACTERS = 64  # of a module; a repetition may end at each of them
+_MAX_ALTERNATIVES = 8  # beside as many repetitions as there may be; more of them with fewer
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}(/[A-Za-z0-9_.-]{1,200})?")  # with one slash, a hub's id
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w.-]*")
 
@@ -92,28 +96,51 @@ def check_expressions(what: str, config: Mapping[str, Any]) -> None:
     Raises:
         VersionInvalid: one could; the message begins with `what` and names the field.
     """
+    for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        if isinstance(names := config.get(field), list) and len(names) > _MAX_NAMES:
+            raise VersionInvalid(f"{what}: {field} lists {len(names)}, at most {_MAX_NAMES} can be")
     for field in ("target_modules", "exclude_modules"):
         if isinstance(expression := config.get(field), str):  # a list holds plain names
-            _check_expression(f"{what}: {field}", expression, 3)
+            _check_expressions(f"{what}: {field}", [expression], 3)
     layers = config.get("layers_pattern")
-    for expression in layers if isinstance(layers, list) else [layers]:
-        _check_expression(f"{what}: layers_pattern", expression, 1)
+    _check_expressions(f"{what}: layers_pattern", layers if isinstance(layers, list) else [layers], 1)
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
         numbers = isinstance(patterns, dict) and all(isinstance(value, int | float) for value in patterns.values())
         if not numbers or len(patterns) > _MAX_PATTERNS:
             raise VersionInvalid(f"{what}: {field} must be an object of at most {_MAX_PATTERNS} patterns and numbers")
-        for expression in patterns:
-            _check_expression(f"{what}: {field}", expression, 1)
+        _check_expressions(f"{what}: {field}", patterns, 1)
 
 
-def _check_expression(what: str, expression: Any, most: int) -> None:
-    """At most so many repetitions, and none of a group, the cost of which can be exponential."""
-    if not isinstance(expression, str):
-        return
-    costly = len(re.findall(r"[*+{]", expression)) > most or re.search(r"\)[*+{]|\\[1-9]", expression)
-    if costly or len(expression) > _MAX_PATTERN_CHARACTERS:
-        raise VersionInvalid(f"{what} holds a pattern that is too costly to match")
+def _check_expressions(what: str, expressions: Iterable[Any], most: int) -> None:
+    """At most so many repetitions in each, none of a group, and not too many ways to match them all."""
+    ways, most_ways = 0, _MAX_ALTERNATIVES * _NAME_CHARACTERS ** max(2, most)
+    for expression in expressions:
+        if not isinstance(expression, str):
+            continue
+        ways += _ways(expression)
+        costly = len(re.findall(r"[*+{]", expression)) > most or re.search(r"\)[*+{]|\\[1-9]", expression)
+        if costly or ways > most_ways or len(expression) > _MAX_PATTERN_CHARACTERS:
+            raise VersionInvalid(f"{what} holds a pattern that is too costly to match")
+
+
+def _ways(expression: str) -> int:
+    """In how many ways a matcher that goes back may try an expression before it gives up, at most: each repetition may
+    end at each character of a name, what is optional be there or not, and of each group any alternative be taken.
+    """
+    plain = re.sub(r"\\.", "x", expression)
+    repetitions = len(re.findall(r"[*+{]", plain))
+    options = len(re.findall(r"(?<![(*+?}])\?", plain))  # neither of `(?:` nor of a lazy `*?`
+    ways: int = _NAME_CHARACTERS**repetitions << options
+    open_groups = [1]
+    for character in plain:
+        if character == "(":
+            open_groups.append(1)
+        elif character == "|":
+            open_groups[-1] += 1
+        elif character == ")" and len(open_groups) > 1:
+            ways *= open_groups.pop()
+    return ways * math.prod(open_groups)
 
 
 def check_patterns(uri: str, config: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from claas_store.version import (
     Tensors,
     Version,
     adopt_folder,
+    digest_of,
     encode,
     find_manifest,
     put_manifest,
@@ -63,11 +64,12 @@ def create_adapter(uri: str, base_model_id: str, model_dir: Path, lora: Lora, ad
     """
     uri = uris.normalise(uri)
     manifest = Manifest(base_model=base_model_id, adapter_uid=adapter_uid)
-    config = peft_config(base_model_id, lora)
-    if version := _existing(uri, manifest):
-        return version
     shapes = linear_shapes(model_dir, lora.target_modules)
-    return _write(uri, config, fresh_tensors(shapes, lora.r, adapter_uid), None, manifest)
+    largest = _largest_bytes(expected_shapes(shapes, lora.r))
+    if version := _existing(uri, manifest, largest):
+        return version
+    config, tensors = peft_config(base_model_id, lora), fresh_tensors(shapes, lora.r, adapter_uid)
+    return _write(uri, config, tensors, None, manifest, largest)
 
 
 def init_adapter(
@@ -88,13 +90,14 @@ def init_adapter(
     """
     uri, source_uri = uris.normalise(uri), uris.normalise(source_uri)
     if uri != source_uri and _is_fork(find_manifest(uri), source_uri, adapter_uid):
-        return read_version(uri)
+        shapes = expected_shapes(linear_shapes(model_dir, lora.target_modules), lora.r)
+        return read_version(uri, max_bytes=_largest_bytes(shapes))
     found = find_manifest(source_uri)
     if found is None:
         refuse_collected(open_store(source_uri), source_uri)
     _check_fits(source_uri, read_config(source_uri), found.base_model if found else "", base_model_id, lora)
     expected = expected_shapes(linear_shapes(model_dir, lora.target_modules), lora.r)
-    largest = sum(4 * rows * columns for rows, columns in expected.values()) + MAX_HEADER_BYTES
+    largest = _largest_bytes(expected)
     if found and found.files[ADAPTER].size > largest:
         raise VersionInvalid(f"{source_uri}: {ADAPTER} has more than the {largest} bytes that spec.lora can need")
 
@@ -117,7 +120,7 @@ def init_adapter(
         config, tensors, digest = read_peft_folder(source_uri, max_bytes=largest)
     check(source_uri, config, tensors)
     manifest = manifest.model_copy(update={"parent": ParentVersion(uri=source_uri, sha256=digest)})
-    return _existing(uri, manifest) or _write(uri, config, tensors, optimizer, manifest)
+    return _existing(uri, manifest, largest) or _write(uri, config, tensors, optimizer, manifest, largest)
 
 
 def peft_config(base_model_id: str, lora: Lora) -> dict[str, Any]:
@@ -209,11 +212,20 @@ def _weights(model_dir: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _existing(uri: str, wanted: Manifest) -> Version | None:
+def _largest_bytes(expected: Mapping[str, tuple[int, int]]) -> int:
+    """Of an adapter file with these weights, in fp32."""
+    return sum(4 * rows * columns for rows, columns in expected.values()) + MAX_HEADER_BYTES
+
+
+def _existing(uri: str, wanted: Manifest, largest: int) -> Version | None:
     """The version at `uri` if it is the wanted one; None if there is none.
+
+    Args:
+        largest: bytes of an adapter file that is read.
 
     Raises:
         Occupied: it is another's.
+        VersionInvalid: it is broken, or claims to be larger.
     """
     found = find_manifest(uri)
     if found is None:
@@ -223,7 +235,7 @@ def _existing(uri: str, wanted: Manifest) -> Version | None:
     identity = (found.adapter_uid, found.base_model, found.parent, found.request_uid)
     if identity != (wanted.adapter_uid, wanted.base_model, wanted.parent, ""):
         raise Occupied(f"{uri} already holds another adapter's version: {_way_out(uri)}")
-    return read_version(uri)
+    return read_version(uri, max_bytes=largest)
 
 
 def _is_fork(found: Manifest | None, source_uri: str, adapter_uid: str) -> bool:
@@ -234,7 +246,12 @@ def _is_fork(found: Manifest | None, source_uri: str, adapter_uid: str) -> bool:
 
 
 def _write(
-    uri: str, config: dict[str, Any], tensors: Tensors, optimizer: OptimizerState | None, manifest: Manifest
+    uri: str,
+    config: dict[str, Any],
+    tensors: Tensors,
+    optimizer: OptimizerState | None,
+    manifest: Manifest,
+    largest: int,
 ) -> Version:
     """`write_version` for a uri that all tries share: files that are there with just these bytes are a killed try's."""
     store = open_store(uri)
@@ -242,9 +259,10 @@ def _write(
     for name, data in files.items():
         _put_same(store, uri, name, data)
     try:
-        written, digest = put_manifest(store, uri, manifest, files)
+        digests = {name: digest_of(data) for name, data in files.items()}
+        written, digest = put_manifest(store, uri, manifest, digests)
     except AlreadyExists:  # another try of ours was faster, or somebody else's manifest appeared
-        version = _existing(uri, manifest)
+        version = _existing(uri, manifest, largest)
         if version is None:
             raise
         return version

@@ -38,6 +38,8 @@ class NotFound(StoreError):
 class VersionCollected(NotFound):
     """The version bears a tombstone: it is being collected, or was; the message says when and why."""
 
+    reason = Reason.VERSION_COLLECTED
+
 
 class NotTombstoned(StoreError):
     """A version that nobody declared dead must not be deleted."""

@@ -209,14 +209,19 @@ class S3Store:
         """The object's bytes, piece by piece.
 
         Raises:
-            TooLarge: it has more than `max_bytes`; none was read.
+            TooLarge: it has more than `max_bytes`; none was read, or no more than these where the server did not say.
         """
         bucket, key = _split(uri)
         answer = self._once.get_object(Bucket=bucket, Key=key)
         with closing(answer["Body"]) as body:
-            if answer["ContentLength"] > max_bytes:
-                raise TooLarge(f"{uri} has {answer['ContentLength']} bytes, at most {max_bytes} are read")
-            yield from body.iter_chunks(CHUNK_BYTES)
+            said, read = answer.get("ContentLength", 0), 0  # a proxy may send chunks without a length
+            if said > max_bytes:
+                raise TooLarge(f"{uri} has {said} bytes, at most {max_bytes} are read")
+            for chunk in body.iter_chunks(CHUNK_BYTES):
+                read += len(chunk)
+                if read > max_bytes:
+                    raise TooLarge(f"{uri} has more than the {max_bytes} bytes that are read")
+                yield chunk
 
     def _write(self, send: Callable[[], object], bucket: str, key: str, token: str) -> None:
         """Sends a conditional write until it has an answer; a 412 after a lost one is success if the token is ours."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from claas_store.limits import (
     MAX_OBJECT_BYTES,
     MAX_OPTIMIZER_BYTES,
     MAX_RANK,
+    MAX_STEPS,
 )
 from claas_store.stores import Store, open_store
 from claas_store.tombstone import MANIFEST, read_tombstone, refuse_collected
@@ -242,7 +244,8 @@ def adopt_folder(
     check(uri, config, parse_adapter(files[ADAPTER], uri))
     named = manifest.base_model or str(config.get("base_model_name_or_path") or "")
     try:
-        return put_manifest(store, uri, manifest.model_copy(update={"base_model": named[:253]}), files)
+        digests = {name: digest_of(data) for name, data in files.items()}
+        return put_manifest(store, uri, manifest.model_copy(update={"base_model": named[:253]}), digests)
     except AlreadyExists:
         found = read_manifest(store, uri)
         if found is None:
@@ -282,10 +285,11 @@ def write_version(
     # The small file is the claim on the folder: of several writers one goes on, instead of each owning a part of it.
     store.put(uris.join(uri, CONFIG), files[CONFIG])
     others = {name: data for name, data in files.items() if name != CONFIG}
-    with ThreadPoolExecutor(len(others)) as threads:
+    with ThreadPoolExecutor(2 * len(files)) as threads:
+        digests = {name: threads.submit(digest_of, data) for name, data in files.items()}
         for put in [threads.submit(store.put, uris.join(uri, name), data) for name, data in others.items()]:
             put.result()
-    written, digest = put_manifest(store, uri, manifest, files)
+    written, digest = put_manifest(store, uri, manifest, {name: of.result() for name, of in digests.items()})
     return Version(uri, written, digest, dict(config), tensors, optimizer)
 
 
@@ -311,14 +315,18 @@ def encode(config: Mapping[str, Any], tensors: Tensors, optimizer: OptimizerStat
     return files
 
 
-def put_manifest(store: Store, uri: str, manifest: Manifest, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
+def digest_of(data: bytes) -> FileDigest:
+    """What the manifest says of a file."""
+    return FileDigest(sha256=_sha256(data), size=len(data))
+
+
+def put_manifest(store: Store, uri: str, manifest: Manifest, files: Mapping[str, FileDigest]) -> tuple[Manifest, str]:
     """Makes the version at `uri` exist; gives the manifest as written and the sha256 of its bytes.
 
     Raises:
         AlreadyExists: it exists.
     """
-    digests = {name: FileDigest(sha256=_sha256(data), size=len(data)) for name, data in files.items()}
-    filled = manifest.model_copy(update={"files": digests, "code_version": code_version(), "created_at": _now()})
+    filled = manifest.model_copy(update={"files": dict(files), "code_version": code_version(), "created_at": _now()})
     data = _json(filled.model_dump(by_alias=True, exclude_none=True, mode="json"))
     store.put(uris.join(uri, MANIFEST), data)
     return filled, _sha256(data)
@@ -387,8 +395,8 @@ def parse_optimizer(data: bytes, uri: str) -> OptimizerState:
 
 class _OptimizerHeader(StatusModel):
     schema_version: Literal[1]
-    step: int = Field(ge=0)
-    rank: int = Field(ge=1)
+    step: int = Field(ge=0, le=MAX_STEPS)
+    rank: int = Field(ge=1, le=MAX_RANK)
     target_modules: list[str]
 
 
@@ -462,8 +470,7 @@ def _parse_json(data: bytes, what: str) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):  # two readers would take two different ones
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise VersionInvalid(f"{what}: {shown(twice)} appears twice")
         return value
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import os
 import sys
+import threading
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from claas_worker import config, logs
 from claas_worker.job import Step
 
+if TYPE_CHECKING:
+    from claas_teacher.client import TeacherClient
+
 log = logging.getLogger("claas_worker")
+
+GREETING_SECONDS = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,20 +57,39 @@ def _run_agent(step: config.StepSettings, agent: config.AgentSettings) -> int:
 
 
 def load_step(settings: config.StepSettings) -> Step:
-    """The base model in memory, warm, and the step that trains on it. Imports torch."""
+    """The base model in memory, warm, and the step that trains on it. Imports torch.
+
+    What waits for something else than the interpreter begins before the long imports: the teacher is asked, and the
+    weights are on their way to the device.
+    """
+    with _uncollected():
+        return _load_step(settings)
+
+
+def _load_step(settings: config.StepSettings) -> Step:
     from pathlib import Path
     from time import monotonic
 
+    from claas_teacher.client import TeacherClient
+
+    started = monotonic()
+    teacher = TeacherClient(settings.teacher_url) if settings.teacher_url else None
+    if teacher is not None:
+        threading.Thread(target=_greet, args=(teacher,), name="teacher", daemon=True).start()
+
+    from claas_worker.weights import Weights
+
+    weights = Weights(settings.model_path, settings.device)
+
     from transformers.utils import logging as transformers_logging
 
-    from claas_teacher.client import TeacherClient
     from claas_worker.render import Limits
     from claas_worker.score import Scorer
     from claas_worker.step import TrainingStep
     from claas_worker.student import Student
 
     transformers_logging.disable_progress_bar()
-    started = monotonic()
+    imported = monotonic()
     student = Student.load(
         settings.model_path,
         base_model=settings.base_model,
@@ -70,14 +97,36 @@ def load_step(settings: config.StepSettings) -> Step:
         threads=settings.threads,
         micro_batch_tokens=settings.micro_batch_tokens,
         resident_bytes=settings.resident_mib * 2**20,
+        weights=weights,
     )
     student.warm_up()
     if settings.engine == "auto" and student.device.type == "cuda":
         student.start_engine(Path(settings.compile_cache) if settings.compile_cache else None)
-    log.info("model loaded", extra={"device": str(student.device), "seconds": round(monotonic() - started, 2)})
-    teacher = TeacherClient(settings.teacher_url) if settings.teacher_url else None
+    seconds = {"seconds": round(monotonic() - started, 2), "imports": round(imported - started, 2)}
+    log.info("model loaded", extra={"device": str(student.device), **seconds})
     limits = Limits(settings.max_prompt_tokens, settings.max_response_tokens, student.head.shape[0])
     return TrainingStep(student, Scorer(student, teacher), limits)
+
+
+def _greet(teacher: TeacherClient) -> None:
+    """So that the first request finds a connection, and knows the teacher; where it is not there yet, asks itself."""
+    from claas_teacher.errors import TeacherError
+
+    try:
+        teacher.info(timeout_s=GREETING_SECONDS)
+    except TeacherError as error:
+        log.info("the teacher does not answer yet", extra={"why": error.reason})
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Modules and model are a million objects that stay: the collector is not to look at them, now or ever again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def _run_request(settings: config.StepSettings, run: config.RunRequest) -> int:
@@ -125,7 +174,7 @@ def _run_request(settings: config.StepSettings, run: config.RunRequest) -> int:
         log.exception("attempt failed", extra={"uid": job.uid})
         result = failure(error, job.attempt)
     status = status_of(job, os.uname().nodename, result)
-    print(json.dumps(status.model_dump(by_alias=True, exclude_none=True, mode="json"), indent=2))
+    print(json.dumps(status.model_dump(by_alias=True, exclude_none=True, mode="json"), indent=2), flush=True)
     return 0 if result.outcome in (Outcome.SUCCEEDED, Outcome.NO_SIGNAL) else 1
 
 

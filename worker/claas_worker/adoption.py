@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 
 from claas_store import uris
+from claas_store.limits import MAX_ADAPTER_BYTES
 from claas_store.version import Version, find_manifest, read_version
 from claas_worker.job import Job
 
 log = logging.getLogger(__name__)
 
 
-def made_before(job: Job) -> Version | None:
+def made_before(job: Job, max_bytes: int = MAX_ADAPTER_BYTES) -> Version | None:
     """The complete version, checked file by file, that an earlier attempt at this request made of the same parent.
+
+    Args:
+        max_bytes: as of `read_version`; whoever may write below the prefix may claim anything in a manifest.
 
     Raises:
         StoreError: the store fails, or what lies there is damaged or being collected.
@@ -24,7 +28,7 @@ def made_before(job: Job) -> Version | None:
             continue
         if uris.normalise(manifest.parent.uri) != uris.normalise(job.parent.uri):
             continue
-        version = read_version(uri)
+        version = read_version(uri, max_bytes=max_bytes)
         log.info("adopted", extra={"uid": job.uid, "attempt": earlier})
         return version
     return None

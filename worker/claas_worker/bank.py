@@ -34,7 +34,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from claas_store.checks import names_another_base
+from claas_store.checks import names_another_base, shown
 from claas_store.limits import MAX_HEADER_BYTES, MAX_RANK
 from claas_worker.engine_adapters import Flat, FlatState, flatten
 from claas_worker.engine_decoder import Place
@@ -267,7 +267,7 @@ class Bank:
         if unexpected:
             count = len(unexpected) - 1
             raise AdapterInvalid(
-                f"adapter_model.safetensors holds {unexpected[0]} (and {count} more keys) for no target"
+                f"adapter_model.safetensors holds {shown(unexpected[0])} (and {count} more keys) for no target"
             )
         checked: dict[str, Tensor] = {}
         for key in sorted(shapes):

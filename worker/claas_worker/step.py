@@ -110,7 +110,7 @@ class TrainingStep:
         attempts = [Attempt(job, report) for job, report in tasks]
         with contextlib.ExitStack() as held:
             self._take_residents(attempts, held)
-            _each(attempts, _adopt)
+            _each(attempts, self._adopt)
             _each(attempts, self._read, "Loading")
             for attempt in _alive(attempts):
                 with attempt:
@@ -123,6 +123,13 @@ class TrainingStep:
             self._train(attempts)
             _each(attempts, self._save, "Saving")
         return [attempt.end() for attempt in attempts]
+
+    def _adopt(self, attempt: Attempt) -> None:
+        """Ends it with the version of an earlier attempt that died between manifest and report, if there is one."""
+        if version := made_before(attempt.job, self._student.bank.largest_bytes):
+            attempt.clock.lap("load_ms")
+            end = (Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri, version.manifest.metadata, attempt.clock.timings())
+            attempt.outcome = _result(attempt.job, *end)
 
     def _take_residents(self, attempts: Sequence[Attempt], held: contextlib.ExitStack) -> None:
         """What is still in memory of the versions to train, out of the bank; what is not used goes back."""
@@ -171,6 +178,7 @@ class TrainingStep:
         ]
         bank, key = self._student.bank, _new_uri(attempt.job)
         resident, attempt.resident = attempt.resident, None
+        attempt.cached = resident is not None
         if resident is None:
             bank.add(
                 key, attempt.parent.config, attempt.parent.tensors
@@ -382,6 +390,7 @@ class Attempt:
         self.outcome: Result | Exception | None = None
         self.inner_steps_left = self.training.inner_steps
         self.resident: Adapter | None = None  # the version to train, as it was left in memory; until it is prepared
+        self.cached = False  # whether it was
         self.stands_for = ""  # the version whose weights and moments the adapter holds, where the engine keeps it
         self.tensors: Mapping[str, NDArray[np.float32]] | None = None  # the new weights, if they are at hand already
         self._update_norm = 0.0
@@ -406,7 +415,8 @@ class Attempt:
 
     def succeed(self, outcome: Outcome, reason: Reason, lora_uri: str) -> None:
         """Ends well."""
-        self.outcome = _result(self.job, outcome, reason, lora_uri, self.metadata, self.clock.timings())
+        result = _result(self.job, outcome, reason, lora_uri, self.metadata, self.clock.timings())
+        self.outcome = result.model_copy(update={"adapter_cached": self.cached})
 
     def questions(self) -> list[Question]:
         """Each sample as both sides see it."""
@@ -664,14 +674,6 @@ class Clock:
     def timings(self) -> Timings:
         """The phases so far."""
         return Timings(**self._laps)
-
-
-def _adopt(attempt: Attempt) -> None:
-    """Ends it with the version of an earlier attempt that died between its manifest and its report, if there is one."""
-    if version := made_before(attempt.job):
-        attempt.clock.lap("load_ms")
-        end = (Outcome.SUCCEEDED, Reason.SUCCEEDED, version.uri, version.manifest.metadata, attempt.clock.timings())
-        attempt.outcome = _result(attempt.job, *end)
 
 
 def _samples(job: Job) -> Sequence[Sample]:

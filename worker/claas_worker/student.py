@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils.integrations import init_empty_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from claas_teacher.fingerprint import fingerprint
 from claas_worker.bank import Adapter, Bank
 from claas_worker.engine import Engine
 from claas_worker.engine_decoder import Unsupported
+from claas_worker.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -88,28 +90,22 @@ class Student:
         threads: int = 0,
         micro_batch_tokens: int = 4096,
         resident_bytes: int = 0,
+        weights: Weights | None = None,
     ) -> Student:
         """Reads a Hugging Face folder of safetensors: fp32 on the CPU, bf16 on a GPU. No network, no remote code.
+
+        Args:
+            weights: of this folder, where they are on their way already.
 
         Raises:
             OSError, ValueError: no such folder, or no causal language model in it.
         """
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path} is no folder: --model-path must name the base model's")
+        weights = weights or Weights(path, device)
         if threads:
             torch.set_num_threads(threads)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-        ).to(device)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         return cls(
-            model,
+            _model(weights),
             tokenizer,
             base_model=base_model,
             micro_batch_tokens=micro_batch_tokens,
@@ -190,6 +186,27 @@ class Student:
                 done.hidden[start : start + len(context.response_ids)].clone()
                 for start, context in zip(starts, contexts, strict=True)
             ]
+
+
+def _model(weights: Weights) -> Any:
+    """The causal language model with these weights, as `from_pretrained` gives it. By that where names in the files are
+    not those of the modules, or some weights are left in another precision."""
+    config = AutoConfig.from_pretrained(weights.path, local_files_only=True)
+    options = {"dtype": weights.dtype, "attn_implementation": "sdpa"}
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, **options)
+    tensors = weights.take()
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    tied = bool(config.get_text_config().tie_word_embeddings)
+    kept = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+    if unexpected or kept or bool(missing) != tied or any(parameter.is_meta for parameter in model.parameters()):
+        tensors.clear()
+        del model
+        model = AutoModelForCausalLM.from_pretrained(
+            weights.path, local_files_only=True, use_safetensors=True, **options
+        )
+    return model.to(weights.device)
 
 
 def input_ids(context: Context) -> list[int]:

@@ -317,6 +317,10 @@ instance: {{ .Release.Name }}
 namespace: {{ .Release.Namespace }}
 owner:
   deployment: {{ .Release.Name }}-operator
+{{- with .Values.watchNamespaces }}
+watchNamespaces:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 defaultPool: {{ .Values.defaultPool | default (first .Values.pools).name }}
 defaultBaseModel: {{ .Values.model.id }}
 storage:
@@ -375,6 +379,10 @@ timings:
 {{- $own := .Values.shim -}}
 instance: {{ .Release.Name }}
 namespace: {{ .Release.Namespace }}
+{{- with .Values.watchNamespaces }}
+watchNamespaces:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 defaultBaseModel: {{ .Values.model.id }}
 pools:
   {{- range .Values.pools }}
@@ -420,6 +428,21 @@ requestTtlSeconds: {{ int64 $own.requestTtlSeconds }}
 
 {{/* What the schema cannot say: values that must fit together. Argument: root. */}}
 {{- define "claas.check" -}}
+{{- /* Nothing is found by `helm template`; the operator looks as well, and leaves alone what an older release serves. */ -}}
+{{- $own := include "claas.clusterName" (dict "root" . "name" "operator") }}
+{{- range (lookup "rbac.authorization.k8s.io/v1" "ClusterRole" "" "").items }}
+{{- $theirs := index (.metadata.annotations | default dict) "claas.dev/namespaces" }}
+{{- if and $theirs (ne .metadata.name $own) }}
+{{- if or (eq $theirs "*") (not $.Values.watchNamespaces) }}
+{{- fail (printf "watchNamespaces: another release (ClusterRole %s) serves %s, and of two that serve all namespaces, or one that does and one that does not, the older would have everything; name the namespaces of both" .metadata.name (eq $theirs "*" | ternary "all namespaces" $theirs)) }}
+{{- end }}
+{{- range splitList "," $theirs }}
+{{- if has . $.Values.watchNamespaces }}
+{{- fail (printf "watchNamespaces: %s is another release's; a namespace has one operator" .) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- if gt (len .Release.Name) 25 }}
 {{- fail (printf "the release's name %s is too long for the names of Jobs: at most 25 characters" .Release.Name) }}
 {{- end }}

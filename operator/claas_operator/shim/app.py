@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 GRACE_SECONDS: Final = 10  # for answers that are on their way when SIGTERM comes; nobody who waits is kept
 BACKLOG: Final = 2048
+HEADERS_SECONDS: Final = 10  # for a call's headers, from its first byte; a fresh connection's from its beginning
 
 
 def make_app(settings: ShimSettings, *, started: Callable[[Door], None] = lambda door: None) -> FastAPI:
@@ -65,10 +66,33 @@ def make_app(settings: ShimSettings, *, started: Callable[[Door], None] = lambda
 class _Http(H11Protocol):
     """h11 bounds a call's headers, httptools does not. What is no HTTP is refused in our words, too."""
 
+    _too_late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A connection that asks nothing is ended."""
+        super().connection_made(transport)
+        self._await_headers()
+
     def data_received(self, data: bytes) -> None:
         """When a call comes is when it was asked for; among many, its turn may come later."""
         self.app_state = {**self.app_state, "asked_at": datetime.now(UTC)}  # uvicorn copies it into the call's scope
         super().data_received(data)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is awaited any more."""
+        super().connection_lost(exc)
+        if self._too_late is not None:
+            self._too_late.cancel()
+
+    def _await_headers(self) -> None:
+        """The time for them runs while they are incomplete, however often a byte of them comes."""
+        if self.conn.their_state is not h11.IDLE:
+            if self._too_late is not None:
+                self._too_late.cancel()
+            self._too_late = None
+        elif self._too_late is None:
+            self._too_late = self.loop.call_later(HEADERS_SECONDS, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         """A problem, as every answer."""

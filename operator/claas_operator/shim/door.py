@@ -113,6 +113,10 @@ class Door:
         request.state.namespace = act.namespace
         if not await self.auth.may(caller, act):
             raise forbidden(act)
+        watched = self.settings.watch_namespaces
+        if watched and act.namespace not in watched:
+            fix = f"ask the release that serves {act.namespace}; this one serves {', '.join(watched)}"
+            raise Problem(problems.FORBIDDEN, f"namespace {act.namespace} is not of this release", fix=fix)
         if named and act.namespace != caller.namespace:
             self._take(f"namespace {act.namespace}")
 

@@ -62,6 +62,7 @@ class ShimSettings(_Part):
 
     instance: str = Field(min_length=1, description="The Helm release.")
     namespace: str = Field(min_length=1, description="Its namespace.")
+    watch_namespaces: tuple[str, ...] = Field((), description="The operator's: nobody would serve another; empty: all.")
     default_base_model: str = Field(min_length=1)
     pools: dict[str, str] = Field(
         default_factory=dict, description="Base model of each pool; empty: the operator alone knows them."
@@ -104,6 +105,7 @@ class ShimSettings(_Part):
             {
                 "instance": operator.instance,
                 "namespace": operator.namespace,
+                "watch_namespaces": operator.watch_namespaces,
                 "default_base_model": operator.default_base_model,
                 "pools": {pool.name: pool.base_model for pool in operator.pools},
                 "storage": operator.storage,
