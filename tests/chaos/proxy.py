@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import ssl
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class Fault:
         cut: the connection is cut `before` the server hears, or `after` it has carried the call out.
         delay_seconds: before anything else.
         then: called with the call, when the connection is cut.
+        nth: of a client's matching calls the first at which it happens.
     """
 
     who: str = ""  # a regular expression; empty: everybody
@@ -74,8 +76,18 @@ class Fault:
     cut: str = ""
     delay_seconds: float = 0.0
     then: Callable[[Call], None] | None = None
+    nth: int = 1
     hits: int = 0
     answered: int = 0  # of these, what the server has carried out, however late
+
+    seen: Counter[str] = field(default_factory=Counter)  # matching calls by client
+
+    def happens(self, call: Call) -> bool:
+        """Whether it happens to this call, which counts."""
+        if not self.matches(call):
+            return False
+        self.seen[call.who] += 1
+        return self.seen[call.who] >= self.nth
 
     def matches(self, call: Call) -> bool:
         return (
@@ -171,7 +183,7 @@ class Proxy:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # type: ignore[attr-defined]
         call = Call(who, request.method, request.raw_path, await request.read())
         self.calls.append(call)
-        fault = next((fault for fault in self.faults if fault.matches(call)), None)
+        fault = next((fault for fault in self.faults if fault.happens(call)), None)
         if fault is not None:
             fault.hits += 1
             self.failed.append(f"{call}: {fault}")

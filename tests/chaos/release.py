@@ -223,6 +223,15 @@ class Release(Stage):
 
         return self.fail(where, who=WORKER, cut=when, then=die, **call)
 
+    def kill_operation_at(self, who: str, nth: int, when: str) -> Fault:
+        """The operation that is the next to make an `nth` call of the store is killed at it."""
+
+        def die(of: Call) -> None:
+            self.say(f"SIGKILL operation {of.who} at call {nth} of the store")
+            self.kubelet.processes[of.who].kill()
+
+        return self.fail("store", who=who, nth=nth, cut=when, then=die)
+
     def wait_fault(self, fault: Fault, seconds: float = 20) -> None:
         """Returns when it has happened."""
         self.wait(f"the fault: {fault}", lambda: fault.hits, seconds)

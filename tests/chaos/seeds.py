@@ -33,12 +33,14 @@ from chaos.test_operator_dies import WRITES
 from chaos.test_worker_dies import DEATHS
 from claas_crds import names
 from claas_crds.reasons import Reason
+from claas_operator.jobs import OPERATION_STEMS
 from cluster.api import ApiError
 from cluster.controlplane import ControlPlane
 from operatorstage import GROUP, apply_crds
 
 SECONDS = 9.0
-TEAMS, ADAPTERS, REQUESTS, TROUBLES = 2, 2, 16, 16
+TEAMS, ADAPTERS, REQUESTS, WISHES, TROUBLES = 2, 2, 16, 6, 16
+OPERATION = f"-({'|'.join(OPERATION_STEMS.values())})-[0-9a-f]{{16}}-"  # in the names of operation Pods
 FAULTS: tuple[dict[str, Any], ...] = (
     {"status": 409},
     {"status": 429, "headers": {"Retry-After": "1"}},
@@ -79,7 +81,7 @@ def plan(seed: int) -> list[Deed]:
         request = {"name": f"r{number}", "team": chance.randrange(TEAMS), "adapter": f"a{chance.randrange(ADAPTERS)}"}
         deeds.append(Deed(at, "request", request | {"spec": _spec(chance)}))
         deeds += _second_thoughts(chance, at, request)
-    deeds += [Deed(chance.uniform(1.0, SECONDS), *_wish(chance)) for _ in range(4)]
+    deeds += [Deed(chance.uniform(1.0, SECONDS), *_wish(chance)) for _ in range(WISHES)]
     deeds += [Deed(chance.uniform(0.5, SECONDS), *_trouble(chance)) for _ in range(TROUBLES)]
     return sorted(deeds, key=lambda deed: deed.at)
 
@@ -132,6 +134,8 @@ def _wish(chance: random.Random) -> tuple[str, dict[str, Any]]:
             ("fork", about | {"which": which, "new": new, "into": about["team"]}),
             ("fork", about | {"which": which, "new": new, "into": chance.randrange(TEAMS)}),
             ("bare", about | {"which": which, "new": new, "into": chance.randrange(TEAMS)}),
+            ("change_adapter", about | {"spec": {"retention": {"keepLast": chance.randrange(1, 4)}}}),
+            ("change_adapter", about | {"spec": {"deletionPolicy": chance.choice(["Retain", "Delete"])}}),
             ("delete_adapter", about),
             ("make_anew", about | {"uri": new}),
         ]
@@ -151,6 +155,8 @@ def _trouble(chance: random.Random) -> tuple[str, dict[str, Any]]:
             ("kill_worker", {"which": chance.random()}),
             ("kill_worker_at", {"moment": chance.choice([*DEATHS])}),
             ("kill_worker_at", {"moment": chance.choice([*DEATHS])}),
+            ("kill_operation_at", {"call": chance.randrange(1, 8), "when": when}),
+            ("kill_operation_at", {"call": chance.randrange(1, 8), "when": when}),
             ("stop_worker", {"which": chance.random(), "seconds": seconds}),
             ("lose_node", {"which": chance.random()}),
             ("delete_pod", {"which": chance.random()}),
@@ -263,6 +269,9 @@ class Run:
     def _delete_request(self, team: int, name: str) -> None:
         self.release.api("DELETE", self._path(names.REQUEST_PLURAL, team, name))
 
+    def _change_adapter(self, team: int, name: str, spec: dict[str, Any]) -> None:
+        self.release.api("PATCH", self._path(names.ADAPTER_PLURAL, team, name), {"spec": spec})
+
     def _delete_adapter(self, team: int, name: str) -> None:
         self.release.api("DELETE", self._path(names.ADAPTER_PLURAL, team, name))
 
@@ -323,6 +332,10 @@ class Run:
 
     def _kill_worker(self, which: float) -> None:
         self.release.kubelet.processes[self._worker(which)].kill()
+
+    def _kill_operation_at(self, call: int, when: str) -> None:
+        """The next operation is killed at its so-many-th call of the store."""
+        self.release.kill_operation_at(OPERATION, call, when)
 
     def _kill_worker_at(self, moment: str) -> None:
         call, when = DEATHS[moment]

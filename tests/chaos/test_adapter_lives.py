@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from chaos.release import LORA, Release
+from chaos.seeds import OPERATION
 from claas_crds.reasons import Reason
 from claas_store.fsck import fsck
 from claas_store.stores import open_store
@@ -74,6 +75,9 @@ class Story:
     deaths: int
     policy: str = "Retain"
 
+    def __str__(self) -> str:
+        return self.begin.__name__
+
 
 def head(release: Release, name: str = "coder") -> str:
     """The name of an adapter's head; empty before it has one."""
@@ -133,6 +137,26 @@ def test_a_user_s_deed_is_done_by_operators_that_live_for_one_write(release: Rel
     assert deaths >= story.deaths, "nobody died between two writes: nothing is shown"
     release.api_proxy.heal()
     release.start_operator()
+    check(release, story, uris)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("nth", [1, 2, 4])
+@pytest.mark.parametrize("story", [STORIES[name] for name in ("fork", "deletion", "collection")], ids=str)
+def test_a_user_s_deed_is_done_although_its_operation_is_killed(release: Release, story: Story, nth: int) -> None:
+    release.start_operator()
+    release.new_adapter(deletionPolicy=story.policy)
+    uris = [release.see_adapter()["spec"]["storage"]["uri"], *train(release, "r", "s", "t")]
+    release.wait("the lock to be free", lambda: not release.see_adapter()["status"].get("active"))
+    death = release.kill_operation_at(OPERATION, nth, "after")
+    story.begin(release)
+    release.wait_fault(death)
+    release.wait("the end", lambda: story.over(release), 60)
+    check(release, story, uris)
+
+
+def check(release: Release, story: Story, uris: list[str]) -> None:
+    """What was there before is there as the story says, and can be trained on."""
     here = [uri for uri in uris if find_manifest(uri) is not None]
     if story is STORIES["deletion"]:
         assert here == []
