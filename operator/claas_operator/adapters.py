@@ -66,7 +66,7 @@ def rests_until(adapter: Adapter, settings: Settings) -> datetime | None:
     if spec.rollback_to or seen.rollback_answered or adapter.held_back != (spec.deletion_policy == "Delete"):
         return None
     ready = adapter.condition(ConditionType.READY)
-    if (ready is not None and ready.status != "True") or 0 < seen.observed_generation != adapter.generation:
+    if (ready is not None and ready.status != "True") or _is_stale(adapter):
         return None
     if refuses(adapter, settings) is not None:
         return None
@@ -160,7 +160,7 @@ def _observe(desk: Desk) -> Action | None:
     adapter = desk.adapter
     refusal = refuses(adapter, desk.settings)
     ready = adapter.condition(ConditionType.READY)
-    stale = 0 < adapter.status.observed_generation != adapter.generation
+    stale = _is_stale(adapter)
     if refusal is not None:
         told = status.unready_as(adapter, *refusal) or ready is None
         if told and not stale:
@@ -170,6 +170,13 @@ def _observe(desk: Desk) -> Action | None:
     if stale or (ready is not None and ready.status != "True"):
         return Describe(adapter=adapter, status=status.ready(adapter, desk.now))
     return None
+
+
+def _is_stale(adapter: Adapter) -> bool:
+    """Whether the spec has changed since the status, or Ready in it, answered it: a rollback answers without Ready."""
+    ready = adapter.condition(ConditionType.READY)
+    answered = (adapter.status.observed_generation, ready.observed_generation if ready else 0)
+    return any(0 < generation != adapter.generation for generation in answered)
 
 
 # The first version

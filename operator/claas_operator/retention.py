@@ -38,7 +38,7 @@ def plan_collection(desk: Desk, references: References) -> Iterator[Action]:
         return
     root, deleted = adapter.spec.storage.uri, desk.done("delete") | desk.dead("restore")
     if gone := [name for name in collecting if name in deleted]:
-        message = f"{len(gone)} versions were deleted"
+        message = f"deleted from the store: {', '.join(gone)}"
         yield Forget(adapter=adapter, versions=tuple(gone), status=status.forgotten(adapter, gone, message, desk.now))
     elif not collecting:
         yield from _begin(desk, references)

@@ -179,6 +179,24 @@ def test_a_rollback_to_what_is_not_there_is_refused_once_and_stops_nothing(
     assert about(decide(after(before, refusal), request("r"), *workers(WORKER)), Lock)
 
 
+def test_ready_is_of_the_generation_that_a_refused_rollback_made() -> None:
+    """Whoever waits for Ready of what they have just applied, as kstatus and GitOps controllers do, hears of it."""
+    ready = {"type": "Ready", "status": "True", "reason": "Created", "message": "", "observedGeneration": 1}
+    before = trained(
+        "coder",
+        spec={"rollbackTo": "v9"},
+        generation=2,
+        conditions=[ready | {"lastTransitionTime": format_time(NOW)}],
+        observedGeneration=1,
+    )
+    told = after(before, about(decide(before), Describe)[0])
+    assert (told["status"]["observedGeneration"], condition(told["status"], "Ready")["observedGeneration"]) == (2, 1)
+    after_that = after(told, only(decide(told), Describe))
+    found = condition(after_that["status"], "Ready")
+    assert (found["status"], found["observedGeneration"], found["lastTransitionTime"]) == ("True", 2, format_time(NOW))
+    assert not decide(after_that).actions
+
+
 def test_a_rollback_to_the_head_moves_nothing() -> None:
     before = trained("coder", "v2", spec={"rollbackTo": "v2"}, generation=2)
     done = only(decide(before), Rollback)

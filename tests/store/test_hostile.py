@@ -194,6 +194,19 @@ def test_a_wrong_key_is_named(home: str, model: Path, weights: dict[str, Any], s
     assert_refused(home, model, said)
 
 
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0], ids=["inf", "-inf", "nan"])
+def test_a_bfloat16_that_is_not_finite_is_named(home: str, model: Path, bits: int) -> None:
+    import torch
+    from safetensors.torch import save
+
+    weights = {name: torch.from_numpy(value).to(torch.bfloat16) for name, value in examples.tensors().items()}
+    put(f"{home}fine/", adapter=save(weights))
+    assert init(f"{home}copy", f"{home}fine", model)
+    weights[KEY].view(torch.uint16)[3, 23] = bits
+    put(f"{home}theirs/", adapter=save(weights))
+    assert_refused(home, model, f"{KEY} holds values that are not finite")
+
+
 def raw(header: str | dict[str, Any], data: bytes = b"", size: int | None = None) -> bytes:
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     return struct.pack("<Q", len(text) if size is None else size) + text + data
