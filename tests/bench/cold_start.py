@@ -1,12 +1,14 @@
-"""From a worker's process to its first step: `python -m claas_worker run-request` on random weights of the real shapes.
+"""From a worker's process to its first step, on random weights of the real shapes.
 
     python tests/bench/cold_start.py                       Qwen2.5-Coder-3B's shapes on a GPU; 1,024 response tokens
+    python tests/bench/cold_start.py --agent               the agent with its engine, against a real API server
     python tests/bench/cold_start.py --small --tokens 32   a model of two small layers, any machine
 
-The model lies in /dev/shm, as it would in a page cache; the adapter is a folder. Runs the process several times: the
-first has Python's own files cold. Prints a table for LOG.md with the parts that the worker's own log and timings give.
-The worker's image holds compiled bytecode of all it imports; where an installation does not, PYTHONPYCACHEPREFIX=DIR
-gives it a place (and the first process writes it).
+Without --agent the process is `run-request`. The agent finds a request that is bound to it; its first process fills the
+compile cache that the others read. The model lies in /dev/shm, as it would in a page cache; the adapter is a folder.
+Runs the process several times: the first has Python's own files cold. Prints a table for LOG.md with the parts that the
+worker's own log and timings give. The worker's image holds compiled bytecode of all it imports; where an installation
+does not, PYTHONPYCACHEPREFIX=DIR gives it a place (and the first process writes it).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of the response")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokenizer", type=Path, help="a folder's (python tests/models.py qwen); else one of bytes")
+    parser.add_argument("--agent", action="store_true", help="the agent instead of run-request")
+    parser.add_argument("--kube", type=Path, help="a folder with the program `kube`, on a machine that cannot build it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         scratch = Path(folder)
@@ -60,6 +65,8 @@ def main() -> None:
         request = scratch / "request.yaml"
         request.write_text(yaml.safe_dump(manifest(uri, options.tokens)))
         print(f"\n{machine()}; {options.tokens} response tokens, mode Provided\n")
+        if options.agent:
+            return run_agents(scratch, model, manifest(uri, options.tokens)["spec"], options)
         print(
             "| process | to its result, s | to its exit | to the model loaded | `load_step` | its imports | step, ms |"
         )
@@ -105,6 +112,49 @@ def row(number: int, model: Path, request: Path, out: Path) -> str:
     timings = status["timings"]
     times = (answered, whole, loaded["reached"], loaded["seconds"], loaded.get("imports", 0.0))
     return " | ".join([f"| {number + 1}", *(f"{seconds:.2f}" for seconds in times), f"{json.dumps(timings)} |"])
+
+
+def run_agents(scratch: Path, model: Path, spec: dict[str, Any], options: argparse.Namespace) -> None:
+    """A row for each of several agents, one after another, with a request that waits for it."""
+    sys.path.append(str(ROOT / "tests"))
+    from cluster import programs
+    from cluster.controlplane import ControlPlane
+    from operatorstage import apply_crds
+    from workerstage import REAL, WorkerStage
+
+    if options.kube is not None:
+        programs.ensure_kube = lambda: options.kube
+    print("| process | ready, s | result reported, s | `load_step` | its imports | step, ms |")
+    print("|---|---|---|---|---|---|")
+    (scratch / "compiled").mkdir()
+    told = {"MODEL_PATH": model, "BASE_MODEL": BASE, "FILE_ROOTS": scratch, "COMPILE_CACHE": scratch / "compiled"}
+    with ControlPlane(scratch / "plane") as control_plane:
+        apply_crds(control_plane)
+        for number in range(options.rounds):
+            (scratch / str(number)).mkdir()
+            with WorkerStage(control_plane, scratch / str(number), "cold") as stage:
+                name = stage.bound(**spec)
+                started = datetime.now(UTC)
+                stage.start(REAL, THREADS="0", **{key: str(value) for key, value in told.items()})
+                result = stage.wait_result(name, 180)
+                if result["outcome"] != "Succeeded":
+                    sys.exit(f"no step: {result}")
+                stage.wait("its log", lambda stage=stage: lines(stage, "reported"))
+                (loaded,), (ready,), (reported,) = (
+                    lines(stage, what) for what in ("model loaded", "ready", "reported")
+                )
+                at = [(datetime.fromisoformat(line["at"]) - started).total_seconds() for line in (ready, reported)]
+                seconds = (*at, loaded["seconds"], loaded["imports"])
+                row = " | ".join(f"{one:.2f}" for one in seconds)
+                print(f"| {number + 1} | {row} | {json.dumps(result['timings'])} |", flush=True)
+                if not number and loaded["device"] != "cpu":  # loss and graphs
+                    stage.wait("the engine", lambda stage=stage: len(lines(stage, "engine made ready")) == 2, 180)
+                    stage.wait("its cache", lambda stage=stage: stage.lines()[-1]["message"] == "compile cache written")
+
+
+def lines(stage: Any, message: str) -> list[dict[str, Any]]:
+    """Of the agent's log, those that say this."""
+    return [line for line in stage.lines() if line["message"] == message]
 
 
 def manifest(uri: str, tokens: int) -> dict[str, Any]:
