@@ -8,7 +8,8 @@ Weights are random, of the real shapes. Loss and gradient of both sides are comp
 
 Two bf16 passes of one model differ by what bf16 rounds, PEFT's with itself in a batch of another shape as well; so
 `--exact` asks how far either side is from an fp32 base's, over several adapters, and equal is who is as near as PEFT.
-`--mixed N` trains N mixed requests over many adapters, then each adapter's requests again by itself.
+`--mixed N` trains N mixed requests over many adapters of several ranks and targets, then each adapter's requests by
+itself; a tenth of them once more in plain torch, whose distance from the second way is what rounding does by itself.
 
 `--smoke` runs a tiny model on the CPU: the same code, for correctness alone.
 """
@@ -64,6 +65,13 @@ TINY = QWEN_3B | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers
 PROMPT = {"prompt": "Tell me a story.", "feedback": "Shorter.", "finishReason": "length"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, TOP_K = 16, 32, 100
+KINDS: Sequence[tuple[int, Sequence[str]]] = (
+    (16, TARGETS),
+    (8, TARGETS),
+    (4, TARGETS),
+    (16, ["q_proj", "v_proj"]),
+    (24, ["q_proj", "down_proj"]),
+)  # of --mixed: rank and targets
 TRIALS = 8  # adapters whose loss and gradient are compared, with --exact
 GIB = 2**30
 
@@ -122,6 +130,7 @@ class StepWithoutStore(TrainingStep):
     ) -> None:
         super().__init__(student, scorer, limits)
         self.seeds = seeds
+        self.kinds: dict[str, tuple[int, Sequence[str]]] = {}  # rank and targets, of adapters that are not as usual
         self.seconds = 0.0
         self.profile: Callable[[], Any] | None = None
 
@@ -130,7 +139,8 @@ class StepWithoutStore(TrainingStep):
         assert attempt.job.spec.samples is not None
         attempt.samples = attempt.job.spec.samples
         tensors = {} if attempt.resident else self.seeds[uri]
-        attempt.parent = Version(uri, Manifest(base_model=BASE_MODEL), "", adapter_config(), tensors, None)
+        config = adapter_config(*self.kinds.get(uri.rpartition("+")[0], ()))
+        attempt.parent = Version(uri, Manifest(base_model=BASE_MODEL), "", config, tensors, None)
 
     def _save(self, attempt: Attempt) -> None:
         uri = f"{attempt.job.parent.uri.rpartition('+')[0]}+{uuid.uuid4().hex}/"
@@ -152,7 +162,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     parser.add_argument("--tokenizer", type=Path, default=None, help="folder (default: Qwen's, from the tests' cache)")
     parser.add_argument("--compile-cache", type=Path, default=None, help="folder, as the worker's flag")
-    parser.add_argument("--cases", default="", help="comma-separated indices of the cases (default: all)")
+    parser.add_argument("--cases", help="comma-separated indices of the cases, or nothing (default: all)")
     parser.add_argument("--memory-gib", type=float, default=44.0, help="what our side may take: an L40S's")
     parser.add_argument("--mixed", type=int, default=0, help="so many mixed requests, after the cases")
     parser.add_argument("--adapters", type=int, default=12, help="of --mixed")
@@ -174,8 +184,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All cases on one model."""
     device = "cpu" if arguments.smoke else "cuda"
     cases: tuple[Case, ...] = SMOKE if arguments.smoke else CASES
-    if arguments.cases:
-        cases = tuple(cases[int(index)] for index in arguments.cases.split(","))
+    if arguments.cases is not None:
+        cases = tuple(cases[int(index)] for index in arguments.cases.split(",") if index)
     started = perf_counter()
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.tokenizer or qwen_tokenizer())
     model, plain_model = random_models(TINY if arguments.smoke else QWEN_3B, device)
@@ -208,14 +218,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def mixed(student: Student, requests: int, adapters: int, memory_gib: float) -> dict[str, Any]:
     """Requests of 24 to 700 tokens and 1 to 3 samples, in batches of 1 to 6; what became of base, adapters, memory."""
     random = np.random.default_rng(0)
-    cuda = student.device.type == "cuda"
+    engine, cuda = student.engine, student.device.type == "cuda"
+    assert engine is not None
     longest = 700 if cuda else 60
     limit_memory(memory_gib)
-    seeds = {f"s3://bench/mixed/{number}+0/": seed_tensors(student, number) for number in range(adapters)}
+    kinds = {f"s3://bench/mixed/{number}": KINDS[number % len(KINDS)] for number in range(adapters)}
+    seeds = {f"{name}+0/": seed_tensors(student, n, *kind) for n, (name, kind) in enumerate(kinds.items())}
     first = list(seeds)
     teacher = MadeUpTeacher(student.fingerprint, student.head.shape[0])
     step = StepWithoutStore(student, Scorer(student, teacher), Limits(4096, 4096), seeds)  # type: ignore[arg-type]
-    before = base_sums(student)
+    step.kinds = kinds
+    before = [one.detach().cpu().clone() for one in student.model.parameters()]
 
     def samples() -> list[dict[str, Any]]:
         count = int(random.integers(1, 4))
@@ -229,50 +242,77 @@ def mixed(student: Student, requests: int, adapters: int, memory_gib: float) -> 
                 raise outcome
             heads[who] = outcome.lora_uri
 
-    batches: list[list[tuple[int, list[dict[str, Any]]]]] = []
-    while sum(map(len, batches)) < requests:
-        several = random.permutation(adapters)[: int(random.integers(1, 7))].tolist()
-        batches.append([(one, samples()) for one in several])
-    heads, memory, seconds = list(first), [], []
-    for number, batch in enumerate(batches):
-        run(heads, batch)
-        seconds.append(step.seconds)
-        if number in (len(batches) // 2, len(batches) - 1):
-            memory.append(torch.cuda.memory_reserved() / GIB if cuda else 0.0)
-    together = [weights_of(student, uri) for uri in heads]
-    for uri in heads:
-        student.bank.remove(uri)
-    heads = list(first)
-    for who in range(adapters):
+    def alone(who: int) -> torch.Tensor:
+        heads = list(first)
         for batch in batches:
             for one, asked in batch:
                 if one == who:
                     run(heads, [(who, asked)])
-    apart = [weights_of(student, uri) for uri in heads]
-    starts = [joined(tensors) for tensors in seeds.values()]
-    moved = [
-        torch.nn.functional.cosine_similarity(one - start, other - start, 0)
-        for one, other, start in zip(together, apart, starts, strict=True)
-        if not torch.equal(one, start)
-    ]
-    return {
+        weights = weights_of(student, heads[who])
+        student.bank.remove(heads[who])
+        return weights
+
+    batches: list[list[tuple[int, list[dict[str, Any]]]]] = []
+    while sum(map(len, batches)) < requests:
+        several = random.permutation(adapters)[: int(random.integers(1, 7))].tolist()
+        batches.append([(one, samples()) for one in several])
+    trained = sorted({who for batch in batches for who, _ in batch})
+    heads, allocated, reserved, seconds = list(first), [], [], []
+    started = perf_counter()
+    for number, batch in enumerate(batches):
+        run(heads, batch)
+        seconds.append(step.seconds)
+        if (number + 1) * 8 // len(batches) > number * 8 // len(batches):
+            allocated.append(torch.cuda.memory_allocated() / GIB if cuda else 0.0)
+            reserved.append(torch.cuda.memory_reserved() / GIB if cuda else 0.0)
+    found: dict[str, Any] = {
         "requests": sum(map(len, batches)),
-        "adapters": adapters,
-        "base_unchanged": before == base_sums(student),
-        "memory_gib_half_and_end": [round(one, 2) for one in memory],
+        "adapters": len(trained),
+        "seconds": round(perf_counter() - started, 1),
         "median_batch_ms": round(1000 * statistics.median(seconds), 1),
-        "cosine_of_changes_together_and_apart": round(float(min(moved)), 5),
-        "largest_difference": float(max((one - other).abs().max() for one, other in zip(together, apart, strict=True))),
-        "largest_change": float(max((one - start).abs().max() for one, start in zip(apart, starts, strict=True))),
+        "base_unchanged": unchanged(student, before),
+        "allocated_gib_by_eighth": [round(one, 2) for one in allocated],
+        "reserved_gib_by_eighth": [round(one, 2) for one in reserved],
+        "largest_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if cuda else 0.0,
+    }
+    note(json.dumps(found))
+    together = {who: weights_of(student, heads[who]) for who in trained}
+    for who in trained:
+        student.bank.remove(heads[who])
+    apart = {who: alone(who) for who in trained}
+    starts = {who: joined(seeds[first[who]]) for who in trained}
+    found["together_and_apart"] = distances(starts, together, apart)
+    note(json.dumps(found))
+    engine.settled(240)
+    engine.plainly()
+    again = {who: alone(who) for who in trained[:: max(1, len(trained) // 10)]}
+    found["apart_and_plain_torch"] = distances(starts, again, apart)
+    found["base_unchanged"] &= unchanged(student, before)
+    return found
+
+
+def distances(
+    starts: dict[int, torch.Tensor], some: dict[int, torch.Tensor], others: dict[int, torch.Tensor]
+) -> dict[str, float]:
+    """How far two ways of training the same adapters end from each other, of how far they went; the worst adapters."""
+    ways = [(some[who] - starts[who], others[who] - starts[who]) for who in some]
+    cosines = [float(torch.nn.functional.cosine_similarity(one, other, 0)) for one, other in ways]
+    shares = [float((one - other).norm() / other.norm()) for one, other in ways]
+    return {
+        "least_cosine_of_changes": round(min(cosines), 5),
+        "median_cosine_of_changes": round(statistics.median(cosines), 5),
+        "largest_distance_of_change": round(max(shares), 4),
+        "largest_difference": max(float((one - other).abs().max()) for one, other in ways),
+        "largest_change": max(float(other.abs().max()) for _, other in ways),
     }
 
 
-def base_sums(student: Student) -> list[int]:
-    """Of every parameter's bits."""
-    return [
-        int(one.detach().contiguous().view(torch.int16 if one.element_size() == 2 else torch.int32).long().sum())
-        for one in student.model.parameters()
-    ]
+def unchanged(student: Student, before: Sequence[torch.Tensor]) -> bool:
+    """Whether every parameter is bit for bit what it was."""
+    return all(
+        torch.equal(one.detach().cpu().view(torch.uint8), was.view(torch.uint8))
+        for one, was in zip(student.model.parameters(), before, strict=True)
+    )
 
 
 def joined(tensors: dict[str, Any]) -> torch.Tensor:
@@ -371,7 +411,7 @@ def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.
         found["speed_up"] = round(one * case.adapters / found["ms"], 2)
     found["ms_an_adapter"] = round(found["ms"] / case.adapters, 2)
     if arguments.profile and cuda:
-        found["profile"] = profiled(one_round, case)
+        found["profile"] = profiled(one_round) | {"alone_ms": frozen_products_ms(student, case)}
     plain.stop()
     for uri in heads:
         student.bank.remove(uri)
@@ -570,24 +610,47 @@ class PlainPeft:
         return float(loss.detach())
 
 
-def profiled(one_round: Callable[[], float], case: Case) -> dict[str, Any]:
-    """Milliseconds of the GPU's time by group of kernels, of a whole round."""
+def frozen_products_ms(student: Student, case: Case) -> dict[str, float]:
+    """Milliseconds of the products with frozen weights, both ways, by themselves: what is left of a profile's matrix
+    products is LoRA's. (Kernels of both have the same names, and run beside each other.)"""
+    assert student.engine is not None
+    decoder = student.engine._decoder
+    tokens = case.adapters * case.samples * case.tokens
+    passes = -(-tokens // 4096)
+    weights = [[stack.weight for stack in layer.stacks] for layer in decoder.layers]
+    found = {}
+    for name, layers, rows, times in (
+        ("base", weights, tokens // passes, passes),
+        ("head", [[student.head]], min(tokens, 2048), max(1, tokens // 2048)),
+    ):
+        x = [one.new_empty(rows, one.shape[1]).normal_() for one in layers[0]]
+        dy = [one.new_empty(rows, one.shape[0]).normal_() for one in layers[0]]
+        seconds = []
+        for _ in range(4):
+            synchronize()
+            started = perf_counter()
+            for layer in layers:
+                for weight, inputs, slopes in zip(layer, x, dy, strict=True):
+                    torch.mm(inputs, weight.T)
+                    torch.mm(slopes, weight)
+            synchronize()
+            seconds.append(perf_counter() - started)
+        found[name] = round(1000 * times * min(seconds[1:]), 2)
+    return found
+
+
+def profiled(one_round: Callable[[], float]) -> dict[str, Any]:
+    """Milliseconds of the GPU's time by group of kernels, of a whole round; some run beside others."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         one_round()
         torch.cuda.synchronize()
     events = sorted((e for e in recorded.events() if e.device_time > 0), key=lambda event: event.time_range.start)
-    layers = QWEN_3B["num_hidden_layers"]
-    products = [event for event in events if is_product(event.name)]
     groups: dict[str, float] = {}
-    kinds = product_kinds(len(products), int(str(layers)))
-    for event, kind in zip(products, kinds, strict=True):
-        groups[kind] = groups.get(kind, 0.0) + event.device_time / 1000
     for event in events:
-        if not is_product(event.name):
-            kind = kernel_kind(event.name)
-            groups[kind] = groups.get(kind, 0.0) + event.device_time / 1000
+        kind = kernel_kind(event.name)
+        groups[kind] = groups.get(kind, 0.0) + event.device_time / 1000
     span = (events[-1].time_range.end - events[0].time_range.start) / 1000
     names: dict[str, list[float]] = {}
     for event in events:
@@ -611,19 +674,10 @@ def is_product(name: str) -> bool:
     )
 
 
-def product_kinds(count: int, layers: int) -> list[str]:
-    """Of each matrix product in time order, if they are as many as one micro-batch makes; else all are one kind."""
-    forward = ["base", "LoRA", "LoRA"] * 4 * layers
-    backward = ["LoRA", "base", "LoRA", "LoRA", "LoRA"] * 4 * layers
-    del backward[-4:-2]  # the first layer's input needs no gradient
-    loss = count - len(forward) - len(backward)
-    if loss < 2 or loss % 2:
-        return ["matrix products"] * count
-    return [f"{kind} products" for kind in (*forward, *["head"] * loss, *backward)]
-
-
 def kernel_kind(name: str) -> str:
-    """The group of a kernel that is no matrix product."""
+    """The group of a kernel."""
+    if is_product(name):
+        return "matrix products"
     lowered = name.lower()
     if any(word in lowered for word in ("flash", "fmha", "attention", "sdpa")):
         return "attention"
@@ -631,6 +685,8 @@ def kernel_kind(name: str) -> str:
         return "copies"
     if "splitk" in lowered:
         return "split-K sums"
+    if name in ("_sum_row", "_spread_row"):
+        return "loss over the vocabulary"
     if name.startswith("triton"):
         return "compiled functions"
     return "other kernels"

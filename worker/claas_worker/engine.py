@@ -310,6 +310,14 @@ class Engine:
             threading.Event().wait(0.05)
         return False
 
+    def plainly(self) -> None:
+        """From now on nothing is compiled or captured. For benchmarks."""
+        with self.lock:
+            self._captures = False
+            self.rows, self.adamw = Rows(), adamw
+            self._scorers.clear()
+            self._drop()
+
     def _bucket(self, shape: Shape) -> Bucket:
         if shape not in self._buckets:
             if len(self._buckets) >= GRAPHS or self._room() < self._needs(shape):
