@@ -548,6 +548,56 @@ def test_two_leaders_delete_and_restore_at_once_and_one_of_them_wins(
             assert not {TOMBSTONE, VERDICT} & set(left), (calls, more)
 
 
+class Interrupted:
+    """A store whose user sleeps before its so-many-th call, while others do as they like."""
+
+    def __init__(self, store: Store, calls: int, meanwhile: Callable[[], object]) -> None:
+        self._store, self._left, self._meanwhile = store, calls, meanwhile
+
+    def __getattr__(self, called: str) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            self._left -= 1
+            if self._left == -1:
+                self._meanwhile()
+            return getattr(self._store, called)(*arguments, **named)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "rounds", [["delete"], ["restore", "tombstone", "delete"], ["restore", "tombstone"]], ids="-".join
+)
+@pytest.mark.parametrize("calls", range(10))
+def test_a_restoration_that_slept_through_all_that_came_after_takes_no_tombstone_of_what_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, rounds: list[str]
+) -> None:
+    """Its Pod was on a node that nobody heard of for an hour, say; the chain must stay verifiable all the same."""
+    monkeypatch.setenv("CLAAS_FILE_ROOTS", str(tmp_path))
+    from claas_store.fsck import fsck
+
+    versions = chain(home := f"file://{tmp_path}/", 2)
+    uri, names = f"{home}coder", [name(versions[1])]
+    collect.tombstone(uri, names, "retention")
+
+    def meanwhile() -> None:
+        acts = {"tombstone": lambda: collect.tombstone(uri, names, "retention")}
+        acts |= {"restore": lambda: restore(uri, names), "delete": lambda: delete(uri, names)}
+        for what in rounds:
+            end_of(acts[what])
+
+    sleeper = Interrupted(open_store(home), calls, meanwhile)
+    with monkeypatch.context() as patched:
+        patched.setattr(collect, "open_store", lambda _: sleeper)
+        restore(uri, names)
+    left = files_of(versions[1].uri)
+    if find_manifest(versions[1].uri) is None:
+        assert left == [TOMBSTONE]
+        assert fsck(uri, known=[name(version) for version in versions]).ok
+    else:
+        assert not {VERDICT} & set(left)
+        assert {MANIFEST, CONFIG, ADAPTER} <= {*left}
+
+
 # sweep
 
 

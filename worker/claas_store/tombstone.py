@@ -137,18 +137,27 @@ def take_back(store: Store, uri: str) -> bool:
     try:
         text = store.get(stone, max_bytes=MAX_TOMBSTONE_BYTES)
     except NotFound:
-        text = b""
-    store.delete(stone)
+        text = b""  # another restoration has taken it back
+    else:
+        store.delete(stone)
     try:
-        stands = store.get(verdict, max_bytes=MAX_VERDICT_BYTES) != b"delete"
-    except NotFound:  # another restoration has carried it out
-        return True
-    if stands:
+        decided = store.get(verdict, max_bytes=MAX_VERDICT_BYTES)
+    except NotFound:  # it has been carried out, whatever it was
+        decided = b""
+    # While this one slept, it may have been taken back, declared again, and its deletion begun, or ended.
+    stands = decided != b"delete" and _has_files(store, uri)
+    if stands and decided:
         store.delete(verdict)
-    elif text:  # while this one slept, it was taken back, declared again, and its deletion begun
+    elif not stands and text:
         with contextlib.suppress(AlreadyExists):
             store.put(stone, text)
     return stands
+
+
+def _has_files(store: Store, uri: str) -> bool:
+    """Whether anything lies at `uri` besides what is said about it."""
+    names = (found.removeprefix(uri) for found, _ in store.list(uri))
+    return any("/" not in name and name not in MARKS for name in names)
 
 
 def refuse_collected(store: Store, uri: str) -> None:
