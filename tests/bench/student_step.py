@@ -17,6 +17,7 @@ itself; a tenth of them once more in plain torch, whose distance from the second
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -148,11 +149,13 @@ class StepWithoutStore(TrainingStep):
         attempt.succeed(Outcome.SUCCEEDED, Reason.SUCCEEDED, uri)
 
     def _train(self, attempts: Sequence[Attempt]) -> None:
-        synchronize()
-        started = perf_counter()
-        super()._train(attempts)
-        synchronize()
-        self.seconds = perf_counter() - started
+        engine = self._student.engine
+        with engine.lock if engine else contextlib.nullcontext():  # the device may not be waited for in a capture
+            synchronize()
+            started = perf_counter()
+            super()._train(attempts)
+            synchronize()
+            self.seconds = perf_counter() - started
 
 
 def main() -> None:

@@ -245,8 +245,8 @@ class Engine:
         self._side = torch.cuda.Stream(priority=-1) if self._device.type == "cuda" else None
         self._prove(model)
         if self._captures:
-            # While one thread traces, the whole process counts as traced: another's call of what is compiled is run
-            # plain then, which is as good, instead of refused.
+            # While one thread traces, the whole process counts as traced: a call by this one, which makes the steps, of
+            # what is compiled is run plain then, which is as good, instead of refused. (The setting is a thread's own.)
             torch._dynamo.config.error_on_nested_fx_trace = False
             self._cache = None if compile_cache is None else CompileCache(compile_cache, self._decoder)
             threading.Thread(target=self._prepare, name="engine", daemon=True).start()
