@@ -155,9 +155,9 @@ def test_the_teacher_is_asked_while_the_model_loads_and_may_be_away(
     with caplog.at_level("INFO", "claas_worker"):
         load_step(StepSettings(folder, "", url, "cpu", 0, 64, 64, 64))
         assert gc.isenabled()
-        assert asked[:1] == ["/claas/v1/info"]
         for thread in threading.enumerate():
             if thread.name == "teacher":
                 thread.join(timeout=20)
+    assert asked[:1] == ["/claas/v1/info"]
     assert "the teacher does not answer yet" in caplog.messages
     assert json.dumps(caplog.messages).count("model loaded") == 1
