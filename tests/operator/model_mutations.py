@@ -4,10 +4,10 @@ Each mutation replaces one place of the operator, or of the model's workers wher
 and walks through random histories (`test_model.walk`) until an invariant breaks or a request cannot end. One that
 survives all of them is a precondition that nothing here needs, and ends the run non-zero.
 
-Defence in depth, as the protocol has it, is kept although another rule stands before it; of these the model is expected
-to find nothing, and the reason is in the list:
-- attempt compared at Commit, headSeq compared at Commit: mutated below, and expected to survive. So are three more parts
-  of Commit's precondition (HELD), which the operator's other writes keep true as they are implemented.
+Defence in depth, as the protocol has it, is kept although another rule stands before it; of these four the model is
+expected to find nothing:
+- attempt compared at Commit, headSeq compared at Commit: mutated below, and expected to survive. What stands before them
+  is taken away together with them (`HEAD_SEQ`), or they would hide its loss.
 - `If-None-Match` on every object, parent compared at adoption: the store's and the step's, which are not in this model
   (tests/store, tests/worker/test_step.py). Here an attempt that writes where another has written breaks an invariant.
 """
@@ -36,7 +36,7 @@ class Mutation(NamedTuple):
     """In `file` (of the operator, or the model itself), each `old`, which occurs once there, becomes `new`.
 
     `survives`: why the model is not expected to find it. `often`: rules that are tried five times as often, where what
-    finds it is rare.
+    finds it is rare. `never`: rules that are not tried, where they would break what is left by themselves.
     """
 
     write: str
@@ -44,13 +44,14 @@ class Mutation(NamedTuple):
     changes: tuple[tuple[str, str, str], ...]
     survives: str = ""
     often: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
 
 
 def one(write: str, what: str, file: str, old: str, new: str, survives: str = "", often: str = "") -> Mutation:
     return Mutation(write, what, ((file, old, new),), survives, tuple(often.split()))
 
 
-def without_rv(write: str, action: str, kind: str, survives: str = "") -> Mutation:
+def without_rv(write: str, action: str, kind: str, often: str = "") -> Mutation:
     """The write of that action goes on whatever has become of the object."""
     entry = kind.lower()
     live = (
@@ -60,16 +61,36 @@ def without_rv(write: str, action: str, kind: str, survives: str = "") -> Mutati
         f"                await self._patch(Kind.{kind}, action.{entry}, version, action.status)\n"
     )
     first = "        match action:\n            case Commit():\n"
-    return one(write, "rv", "apply.py", first, f"        match action:\n{live}            case Commit():\n", survives)
+    return one(
+        write, "rv", "apply.py", first, f"        match action:\n{live}            case Commit():\n", often=often
+    )
 
 
 PLAN, APPLY, WORKERS, ADAPTERS, RETENTION, STATUS = (
     f"{name}.py" for name in ("plan", "apply", "workers", "adapters", "retention", "status")
 )
 THE_MODEL = "test_model.py"
-# Of three parts of Commit's precondition: here each rests on those of other rows, which the model does find.
-HELD = "End and Retry never touch a successful result, Free needs an end, and each carries the rv of what it decided on"
+# Where nobody takes locks away by hand, the head cannot move under one.
+HEAD_SEQ = (
+    (
+        PLAN,
+        "elif adapter.active == request.uid and adapter.status.head_seq == parent.head_seq:",
+        "elif adapter.active == request.uid:",
+    ),
+    (
+        APPLY,
+        "if (parent.adapter_uid, parent.head_seq) != (adapter.uid, adapter.status.head_seq):",
+        "if parent.adapter_uid != adapter.uid:",
+    ),
+)
 BUSY = "if adapter.active != request.uid and (adapter.active or not is_first or adapter.rollback):"
+
+LIVE = """        live = await self._live_request(action.request)
+        if live.ended is not None or not succeeded(live.result):
+            raise Lost("the request has no successful result of its current attempt any more")
+"""
+# Of an ended request the snapshot keeps no result: what was decided on stands in for it.
+ENDED = "live = action.request if live.ended is not None else live\n        "
 
 MUTATIONS = (
     without_rv("Lock", "Lock", "ADAPTER"),
@@ -142,6 +163,7 @@ MUTATIONS = (
         THE_MODEL,
         'if live is None or (live["status"].get("worker"), live["status"].get("attempt")) != (worker.name, attempt):',
         "if live is None:",
+        often="worker_claims worker_hears plans",
     ),
     one(
         "Claim",
@@ -202,23 +224,21 @@ MUTATIONS = (
                 "",
             ),
         ),
-        HELD,
+        often=("hand_frees", "user_rolls_back"),
     ),
-    one(
+    Mutation(
         "Commit",
         "the request is read live",
-        APPLY,
-        '        live = await self._live_request(action.request)\n        if live.ended is not None or not succeeded(live.result):\n            raise Lost("the request has no',
-        '        live = action.request\n        if live.ended is not None or not succeeded(live.result):\n            raise Lost("the request has no',
-        HELD,
+        (*HEAD_SEQ, (APPLY, LIVE, LIVE.replace("await self._live_request(action.request)", "action.request"))),
+        often=("hears", "all_goes_well", "requests_hang"),
+        never=("hand_frees",),
     ),
-    one(
+    Mutation(
         "Commit",
         "the request has not ended",
-        APPLY,
-        'if live.ended is not None or not succeeded(live.result):\n            raise Lost("the request has no',
-        'if live.ended is None and not succeeded(live.result):\n            raise Lost("the request has no',
-        HELD,
+        (*HEAD_SEQ, (APPLY, LIVE, LIVE.replace("if live", f"{ENDED}if live", 1))),
+        often=("hears", "all_goes_well", "requests_hang"),
+        never=("hand_frees",),
     ),
     Mutation(
         "Commit",
@@ -236,13 +256,12 @@ MUTATIONS = (
             ),
         ),
     ),
-    one(
+    Mutation(
         "Commit",
         "headSeq matches",
-        APPLY,
-        "if (parent.adapter_uid, parent.head_seq) != (adapter.uid, adapter.status.head_seq):",
-        "if parent.adapter_uid != adapter.uid:",
-        "defence in depth: the head cannot move under a lock, and the plan compares it",
+        HEAD_SEQ,
+        "defence in depth: the head cannot move under a lock",
+        never=("hand_frees",),
     ),
     one(
         "Commit",
@@ -259,9 +278,7 @@ MUTATIONS = (
         "        if adapter.blocked or self._refusal(adapter):\n            return None\n",
         "",
     ),
-    without_rv(
-        "Complete", "Complete", "REQUEST", "all that it writes follows from the history, whoever writes it when"
-    ),
+    without_rv("Complete", "Complete", "REQUEST", often="user_has_the_version hears"),
     one(
         "Complete",
         "the uid is in the history",
@@ -276,6 +293,7 @@ MUTATIONS = (
         PLAN,
         "if result is not None and succeeded(result) and self._is_ours(request, result):",
         "if result is not None and succeeded(result) and not request.cancel and self._is_ours(request, result):",
+        often="user_cancels hears workers_succeed",
     ),
     without_rv("Free", "Free", "ADAPTER"),
     one(
@@ -351,7 +369,7 @@ MUTATIONS = (
         "Collect",
         "never the head, nor what retention keeps",
         RETENTION,
-        "kept = {adapter.status.version, adapter.rollback, *recent[: adapter.spec.retention.keep_last]}",
+        "kept = {adapter.status.version, adapter.rollback, *recent[: status.keep_last(adapter)]}",
         "kept = {adapter.rollback}",
     ),
     one(
@@ -367,7 +385,7 @@ MUTATIONS = (
         APPLY,
         '        if any(references.needed(beside(action.root, name), live) for name in action.versions):\n            raise Lost("somebody needs one of the versions")\n',
         "",
-        "it is for forks and bare requests, of which this model has none (tests/operator/test_plan_life.py)",
+        often="user_creates",
     ),
     one(
         "Fence",
@@ -400,13 +418,15 @@ MUTATIONS = (
 )
 
 
-def walks(first: int, last: int, often: list[str]) -> None:
+def walks(first: int, last: int, often: list[str], never: list[str]) -> None:
     """The child's part: histories until one breaks. Exit code 1 and what broke, if one does."""
     sys.path.remove(str(MODEL.parent))  # the copy of the model is meant
     from test_model import WEIGHTS, walk
 
     for rule in often:
         WEIGHTS[rule] *= 5
+    for rule in never:
+        WEIGHTS[rule] = 0
     end = time.process_time() + LIMIT_SECONDS
     for seed in range(first, last):
         try:
@@ -419,18 +439,29 @@ def walks(first: int, last: int, often: list[str]) -> None:
     print(f"{seed + 1} histories")
 
 
+def mutated(mutation: Mutation) -> dict[str, str]:
+    """What the changed files hold, by name.
+
+    Raises:
+        SystemExit: a place is not there once, as the code is now.
+    """
+    texts: dict[str, str] = {}
+    for file, old, new in mutation.changes:
+        text = texts.get(file) or (MODEL if file == THE_MODEL else PACKAGE / file).read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"{mutation.write}, {mutation.what}: occurs {text.count(old)} times in {file}: {old}")
+        texts[file] = text.replace(old, new)
+    return texts
+
+
 def judge(mutation: Mutation, count: int) -> tuple[bool, str]:
     """Whether the model finds it, and how."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "claas_operator"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(MODEL, folder)
-        for file, old, new in mutation.changes:
-            path = Path(folder) / file if file == THE_MODEL else package / file
-            text = path.read_text()
-            if text.count(old) != 1:
-                raise SystemExit(f"{mutation.write}, {mutation.what}: occurs {text.count(old)} times in {file}: {old}")
-            path.write_text(text.replace(old, new))
+        for file, text in mutated(mutation).items():
+            (Path(folder) / file if file == THE_MODEL else package / file).write_text(text)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(ROOT / "tests")])}
         command = [
             sys.executable,
@@ -442,6 +473,8 @@ def judge(mutation: Mutation, count: int) -> tuple[bool, str]:
             str(count),
             "--often",
             *mutation.often,
+            "--never",
+            *mutation.never,
         ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1200)
         if done.returncode not in (0, 1) or not done.stdout:
@@ -456,13 +489,18 @@ def main() -> int:
     parser.add_argument("--walks", type=int, default=WALKS)
     parser.add_argument("--after", type=int, default=0, help="leave the first so many out")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--places", action="store_true", help="only see that the code has every place")
     parser.add_argument("--child", action="store_true")
     parser.add_argument("--often", nargs="*", default=[])
+    parser.add_argument("--never", nargs="*", default=[])
     given = parser.parse_args()
     if given.child:
-        walks(0, given.walks, given.often)
+        walks(0, given.walks, given.often, given.never)
         return 0
     chosen = [m for m in MUTATIONS if given.only in f"{m.write}: {m.what}"][given.after :]
+    if given.places:
+        print(f"{len([mutated(mutation) for mutation in chosen])} mutations have their places")
+        return 0
     wrong = 0
     with ThreadPoolExecutor(given.jobs) as threads:
         for mutation, (found, how) in zip(chosen, threads.map(lambda m: judge(m, given.walks), chosen), strict=True):

@@ -1,8 +1,9 @@
 """A small model of the whole control plane with the real `plan` and the real `apply` in it.
 
-Hypothesis plays users (who also roll back, delete an adapter with its versions and create it anew), the store, two
-leaders (either may be stale, or die between any two calls; events come late, twice and in any order), the kubelet, and
-workers that die, wedge, drain, claim what they heard of long ago, report late or go on after their Pod was taken away.
+Hypothesis plays users (who also roll back, delete an adapter with its versions and create it anew, train its versions
+by their uris, and clear a lock by hand), the store, two leaders (either may be stale, or die between any two calls;
+events come late, twice and in any order, and one watch may hang while the others go on), the kubelet, and workers that
+die, wedge, drain, claim what they heard of long ago, report late or go on after their Pod was taken away.
 After each step the invariants of the architecture hold; and from wherever it got, a calm world ends every request.
 
 `model_mutations.py` takes each precondition of the protocol away, in turn, and sees this model find it.
@@ -11,10 +12,13 @@ After each step the invariants of the architecture hold; and from wherever it go
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import zlib
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck
@@ -56,7 +60,9 @@ SPECS: dict[str, Raw] = {
     "coder": {"retention": {"keepLast": 1}},
     "writer": {"retention": {"keepLast": 2}, "deletionPolicy": "Delete"},
 }
-MAX_REQUESTS = 8
+# Of two requests of one second the one with the lesser name goes first: not always the one that was created first.
+NAMES = ("r5", "r2", "r8", "r1", "r6", "r3", "r7", "r4")
+MAX_REQUESTS = len(NAMES)
 CALM_ROUNDS = 400
 OUTCOMES = ("Succeeded", "Succeeded", "Succeeded", "NoSignal", "Failed", "Retryable")
 BREAKS = ("Failed", "Succeeded", "gone", "wedged", "immortal")
@@ -69,7 +75,8 @@ class Leader:
     snapshot: Snapshot
     apply: Apply
     heard: int
-    late: list[tuple[Kind, str, Raw]] = field(default_factory=list)  # requests' events: each kind has its own watch
+    hangs: bool = False  # the watch of requests (each kind has its own), whose events are late
+    late: list[tuple[Kind, str, Raw]] = field(default_factory=list)
     doing: dict[str, tuple[Action, Coroutine[Any, Any, None]]] = field(default_factory=dict)
 
 
@@ -103,11 +110,11 @@ class ControlPlaneModel(RuleBasedStateMachine):
             pool={"batch": 2, "maxWorkers": 2}, operations={"template": OPERATION}, timings=NOW_OR_NEVER
         )
         self.workers: dict[str, WorkerProcess] = {}
-        self.made = 0  # requests, by the name of r1, r2, …
+        self.made = 0  # requests: the first so many of NAMES
         # Else nothing is left to go wrong.
-        self.harm = {"cancel": 2, "delete": 1, "recreate": 1, "break": 4, "rollback": 2}
+        self.harm = {"cancel": 2, "delete": 1, "recreate": 1, "break": 4, "rollback": 2, "free": 1}
         self.there = {f"{PREFIX}{name}/" for name in (*ADAPTERS, "bare")}  # versions in the store
-        self.dead: set[str] = set()  # those with a tombstone
+        self.dead: dict[str, int] = {}  # those with a tombstone, and how many requests there had been by then
         self.checked = 0
         self.heads: dict[str, tuple[int, str]] = {}  # adapter uid -> headSeq, uri
         self.moved_by: set[str] = set()
@@ -129,25 +136,44 @@ class ControlPlaneModel(RuleBasedStateMachine):
         apply = Apply(self.api, snapshot, self.settings, lambda: True, lambda: self.now)  # type: ignore[arg-type]
         return Leader(snapshot, apply, len(self.api.log))
 
-    @initialize(begun=st.booleans())
-    def adapters(self, begun: bool) -> None:
-        """An empty world, or one with work on its way."""
+    @initialize(begun=st.booleans(), late=st.booleans(), held=st.booleans(), behind=st.booleans())
+    def adapters(self, begun: bool, late: bool, held: bool, behind: bool) -> None:
+        """An empty world, or one with work on its way: perhaps one leader's requests lag behind its adapters, or have
+        done so since the first result, or the one that holds an adapter would not be the first now."""
         self.api.add(adapter(ADAPTERS[0], spec=SPECS[ADAPTERS[0]]))
         self.api.add(adapter(ADAPTERS[1], head=0, spec=SPECS[ADAPTERS[1]]))
         if begun:
-            for on in (ADAPTERS[0], ADAPTERS[0], ADAPTERS[1]):
+            self.user_creates(ADAPTERS[0], 10)
+            self.hears(1, len(self.api.log), again=False)
+            if held:
+                self.leader_turns(0)
+                self.pods_start()
+                self.leader_turns(0)
+            for on in ADAPTERS:
                 self.user_creates(on, 10)
             self.leader_turns(0)
             self.pods_start()
             self.leader_turns(0)
-            self.hears(1, len(self.api.log), again=False)
+            if behind:
+                self.workers_claim()
+                self.workers_succeed()
+                self.hears(1, len(self.api.log), again=False)
+                self.leaders[1].hangs = True
+                for _ in range(2):
+                    self.all_goes_well(0)
+            else:
+                self.leaders[1].hangs = late
+                self.hears(1, len(self.api.log), again=False)
 
     @precondition(lambda self: self.made < MAX_REQUESTS)
-    @rule(on=st.sampled_from([*ADAPTERS, ADAPTERS[0], ""]), backoff=st.sampled_from([0, 3, 10]))
-    def user_creates(self, on: str, backoff: int) -> None:
+    @rule(on=st.sampled_from([*ADAPTERS, ADAPTERS[0], ""]), backoff=st.sampled_from([0, 3, 10]), of=st.integers(0, 9))
+    def user_creates(self, on: str, backoff: int, of: int = 0) -> None:
+        """A request on an adapter, or a bare one: often on a version that some adapter has, or had."""
+        spec: Raw = {"backoffLimit": backoff, "activeDeadlineSeconds": 600}
+        if not on:
+            spec["loraUri"] = [f"{PREFIX}bare/", *sorted(self.there)][of % (1 + len(self.there))]
+        self.api.add(request(NAMES[self.made], on, spec=spec, created=self.now))
         self.made += 1
-        spec = {"backoffLimit": backoff, "activeDeadlineSeconds": 600}
-        self.api.add(request(f"r{self.made}", on, spec=spec, created=self.now))
 
     def may(self, what: str) -> bool:
         """Whether there is some of that harm left to do; then one less."""
@@ -156,19 +182,19 @@ class ControlPlaneModel(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, MAX_REQUESTS))
     def user_cancels(self, i: int) -> None:
-        i = 1 + i % max(1, self.made)
+        name = NAMES[i % max(1, self.made)]
         if not self.may("cancel"):
             return
-        if raw := self.api.objects.get((Kind.REQUEST, TEAM, f"r{i}")):
+        if raw := self.api.objects.get((Kind.REQUEST, TEAM, name)):
             generation = raw["metadata"]["generation"] + 1
             patch = {"spec": {"cancel": True}, "metadata": {"generation": generation}}
-            self.api.change(Kind.REQUEST, TEAM, f"r{i}", patch)
+            self.api.change(Kind.REQUEST, TEAM, name, patch)
 
     @rule(i=st.integers(0, MAX_REQUESTS))
     def user_deletes(self, i: int) -> None:
-        i = 1 + i % max(1, self.made)
-        if (Kind.REQUEST, TEAM, f"r{i}") in self.api.objects and self.may("delete"):
-            self.api.drop(Kind.REQUEST, TEAM, f"r{i}")
+        name = NAMES[i % max(1, self.made)]
+        if (Kind.REQUEST, TEAM, name) in self.api.objects and self.may("delete"):
+            self.api.drop(Kind.REQUEST, TEAM, name)
 
     @rule(name=st.sampled_from(ADAPTERS), ready=st.booleans())
     def user_recreates_adapter(self, name: str, ready: bool) -> None:
@@ -177,6 +203,13 @@ class ControlPlaneModel(RuleBasedStateMachine):
         if (Kind.ADAPTER, TEAM, name) in self.api.objects:
             self.api.ask_to_delete(Kind.ADAPTER, TEAM, name)
         self.user_creates_adapter(name, ready)
+
+    @rule(name=st.sampled_from(ADAPTERS))
+    def user_has_the_version(self, name: str) -> None:
+        """Whoever waited for a version takes it as soon as it is there, and the adapter goes."""
+        history = self.api.objects.get((Kind.ADAPTER, TEAM, name), {}).get("status", {}).get("history") or [{}]
+        if history[-1].get("requestUid") in {r["metadata"]["uid"] for r in self.requests() if not ended(r)}:
+            self.user_recreates_adapter(name, ready=False)
 
     def user_creates_adapter(self, name: str, ready: bool) -> None:
         """Unless there is one, which may be waiting for its versions to go."""
@@ -208,6 +241,18 @@ class ControlPlaneModel(RuleBasedStateMachine):
         for worker in self.workers.values():
             self.renew(worker)
 
+    @rule(name=st.sampled_from(ADAPTERS))
+    def hand_frees(self, name: str) -> None:
+        """Whoever has the right to clears a lock by hand, though its request has not ended. Nobody trains it, nor will:
+        its worker has reported success, and the commit is all that is left."""
+        status = self.api.objects.get((Kind.ADAPTER, TEAM, name), {}).get("status") or {}
+        held = (status.get("active") or {}).get("requestUid")
+        holder = next((r for r in self.requests() if r["metadata"]["uid"] == held), None)
+        if holder is None or ended(holder) or (holder["status"].get("result") or {}).get("outcome") != "Succeeded":
+            return
+        if holder["status"]["parent"]["headSeq"] == status["headSeq"] and self.may("free"):
+            self.api.change(Kind.ADAPTER, TEAM, name, {"status": {"active": None}})
+
     # Leaders
 
     @rule(who=st.integers(0, 1), count=st.integers(1, 40), again=st.booleans(), order=st.integers(0, 99))
@@ -219,7 +264,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
         if order:
             random.Random(order).shuffle(events)
         events, leader.late = [*leader.late, *events], []
-        if order % 2:
+        if leader.hangs:
             leader.late = [event for event in events if event[0] is Kind.REQUEST]
             events = [event for event in events if event[0] is not Kind.REQUEST]
         for kind, how, raw in events:
@@ -228,6 +273,11 @@ class ControlPlaneModel(RuleBasedStateMachine):
             else:
                 leader.snapshot.put(kind, raw, self.now)
         leader.heard = min(len(self.api.log), leader.heard + count)
+
+    @rule(who=st.integers(0, 1))
+    def requests_hang(self, who: int) -> None:
+        """A watch tells nothing any more, though the others do; or what it has kept back."""
+        self.leaders[who].hangs = not self.leaders[who].hangs
 
     @rule(who=st.integers(0, 1), first=st.integers(0, 3))
     def plans(self, who: int, first: int) -> None:
@@ -264,6 +314,16 @@ class ControlPlaneModel(RuleBasedStateMachine):
             self.hears(who, len(self.api.log), again=False)
             self.plans(who, 3)
             self.acts_on_all(who)
+
+    @rule(who=st.integers(0, 1))
+    def all_goes_well(self, who: int) -> None:
+        """The usual case, for a while; the other leader notices nothing."""
+        for _ in range(3):
+            self.leader_turns(who)
+            self.heads_move_once_and_in_a_line()  # before a kubelet runs what deletes the versions of before
+            self.pods_start()
+            self.workers_claim()
+            self.workers_succeed()
 
     @rule(who=st.integers(0, 1))
     def leader_dies(self, who: int) -> None:
@@ -309,8 +369,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
     def run_operation(self, namespace: str, name: str, raw: Raw) -> None:
         arguments = raw["spec"]["template"]["spec"]["containers"][0]["args"]
         if (Kind.POD, namespace, f"{name}-x") not in self.api.objects:
-            self.api.add(answer_pod(name, self.store(arguments)))
-            self.end_job(namespace, name, "Complete")
+            answer = self.store(arguments)
+            self.api.add(answer_pod(name, answer, "Succeeded" if answer["ok"] else "Failed"))
+            self.end_job(namespace, name, "Complete" if answer["ok"] else "Failed")
 
     def store(self, arguments: list[str]) -> Raw:
         """What `claas_store` does and answers."""
@@ -330,24 +391,27 @@ class ControlPlaneModel(RuleBasedStateMachine):
             own = {uri for uri in self.there if uri.startswith(root[:-1]) and uri.split("/")[-2] not in kept}
             self.nobody_needs(own)
             self.there -= own
+            self.dead = {uri: made for uri, made in self.dead.items() if not uri.startswith(root[:-1])}
             return {"ok": True}
         versions = [
             value for option, value in zip(arguments[1::2], arguments[2::2], strict=True) if option == "--version"
         ]
         uris = {beside(root, version) for version in versions}
         if command == "delete":
-            assert uris & self.there <= self.dead, "deleted without a tombstone"
+            if not uris & self.there <= self.dead.keys():
+                return {"ok": False, "reason": "VersionConflict", "message": "not tombstoned", "retryable": False}
             self.nobody_needs(uris)
             self.there -= uris
         elif command == "tombstone":
-            self.dead |= uris & self.there
+            self.dead |= dict.fromkeys(uris & self.there, self.made)
         else:
             assert command == "restore"
-            self.dead -= uris
+            self.dead = {uri: made for uri, made in self.dead.items() if uri not in uris}
         return {"ok": True, "done": versions}
 
     def nobody_needs(self, versions: set[str]) -> None:
-        """Of what is being deleted: no head, and nothing that a request which has not ended was bound to."""
+        """Of what is being deleted: no head, nothing that a request which has not ended was bound to, and nothing that
+        a bare request asked for before the tombstone lay there (one that came later fails cleanly)."""
         for key, raw in self.api.objects.items():
             if key[0] is Kind.ADAPTER and "deletionTimestamp" not in raw["metadata"]:
                 assert raw["status"].get("uri") not in versions, "a head is deleted"
@@ -356,6 +420,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
             on = self.api.objects.get((Kind.ADAPTER, TEAM, (raw["spec"].get("adapterRef") or {}).get("name", "")))
             stays = on is not None and "deletionTimestamp" not in on["metadata"]
             assert ended(raw) or not stays or parent not in versions, "what a request is bound to is deleted"
+            asked = raw["spec"].get("loraUri", "")
+            late = NAMES.index(raw["metadata"]["name"]) >= self.dead.get(asked, 0)
+            assert ended(raw) or late or asked not in versions, "what a bare request asks for is deleted"
 
     def run_worker(self, namespace: str, name: str) -> None:
         worker = f"{name}-p"
@@ -444,6 +511,8 @@ class ControlPlaneModel(RuleBasedStateMachine):
 
     def begin(self, worker: WorkerProcess, seen: Raw) -> None:
         """Announce, then claim; and nothing is trained without a claim."""
+        if not worker.beating:
+            return  # its Lease cannot be written
         uid = seen["metadata"]["uid"]
         worker.running.add(uid)
         self.show(worker)
@@ -469,7 +538,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
 
     def report(self, worker: WorkerProcess, uid: str, outcome: str) -> None:
         """Tests worker and attempt; where they moved on, the result is dropped. Then the uid leaves the Lease."""
-        attempt, parent, _ = worker.training.pop(uid)
+        attempt, parent, on = worker.training.pop(uid)
+        if not on and (parent not in self.there or parent in self.dead):
+            outcome = "Failed"  # collected before it was read
         raw = next((r for r in self.requests() if r["metadata"]["uid"] == uid), None)
         body: Raw = {"attempt": attempt, "outcome": outcome, "reason": outcome, "at": format_time(self.now)}
         if outcome == "Succeeded":
@@ -551,8 +622,8 @@ class ControlPlaneModel(RuleBasedStateMachine):
         for kind, how, raw in self.api.log[self.checked :]:
             status = raw.get("status") or {}
             if kind is Kind.ADAPTER and how != "DELETED":
-                self.check_lock(raw, status)
                 self.check_head(raw["metadata"]["uid"], status)
+                self.check_lock(raw, status)
             elif kind is Kind.REQUEST and how != "DELETED":
                 self.check_request(raw, status)
         self.checked = len(self.api.log)
@@ -592,7 +663,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
             assert before is None or before[1] == uri, "the head changed without headSeq"
             return
         assert seq == before[0] + 1, f"headSeq went from {before[0]} to {seq}"
-        assert uri in self.there - self.dead, "the head went to what is gone, or going"
+        assert uri in self.there - self.dead.keys(), "the head went to what is gone, or going"
         if before[0] == 0:
             return
         if status["history"][-1].get("cause") == "RolledBack":
@@ -601,6 +672,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
             return
         by = status["history"][-1]["requestUid"]
         assert by not in self.moved_by, f"{by} moved a head twice"
+        assert self.held_by[uid] in ("", by), f"{by} moved a head that {self.held_by[uid]} held"
         assert self.ends.get(by) != "Failed", f"{by} has failed and moved a head"
         self.moved_by.add(by)
         assert self.parents[uri] == before[1], "the new head was not trained from the old one"
@@ -678,9 +750,11 @@ TestControlPlane.settings = hypothesis_settings(
 # Hypothesis finds short histories and makes them shorter; races need long ones, with the usual cases often among them.
 STEPS = 120
 WALKS = 150
-WEIGHTS = {
+WEIGHTS: dict[str, float] = {
     "leader_turns": 6,
+    "all_goes_well": 0.3,
     "hears": 8,
+    "requests_hang": 3,
     "plans": 10,
     "acts": 16,
     "acts_on_all": 4,
@@ -701,7 +775,9 @@ WEIGHTS = {
     "user_cancels": 2,
     "user_deletes": 2,
     "user_recreates_adapter": 1,
+    "user_has_the_version": 2,
     "user_rolls_back": 2,
+    "hand_frees": 6,
 }
 
 
@@ -709,17 +785,22 @@ def walk(seed: int) -> list[str]:
     """A random history of STEPS steps. What was done, for the error message."""
     dice = random.Random(seed)
     model = ControlPlaneModel()
-    model.adapters(begun=dice.random() < 0.8)
-    targets = dice.choice([[ADAPTERS[0]], [ADAPTERS[0]], [*ADAPTERS, ""]])  # on one adapter, more goes wrong
+    model.adapters(
+        begun=dice.random() < 0.8, late=dice.random() < 0.3, held=dice.random() < 0.3, behind=dice.random() < 0.1
+    )
+    one = ADAPTERS[0]
+    targets = dice.choice([[one], [one], [one, one, ""], [*ADAPTERS, ""]])  # on one adapter, more goes wrong
     history: list[str] = []
     arguments = {
         "leader_turns": lambda: {"who": dice.randrange(2)},
+        "all_goes_well": lambda: {"who": dice.randrange(2)},
         "hears": lambda: {
             "who": dice.randrange(2),
             "count": dice.choice([1, 2, 5, 40]),
             "again": dice.random() < 0.3,
             "order": dice.choice([0, 0, 7, 8]),
         },
+        "requests_hang": lambda: {"who": dice.randrange(2)},
         "plans": lambda: {"who": dice.randrange(2), "first": dice.choice([0, 0, 1, 2, 3])},
         "acts": lambda: {"who": dice.randrange(2), "which": dice.randrange(10), "calls": dice.randint(1, 4)},
         "acts_on_all": lambda: {"who": dice.randrange(2)},
@@ -739,11 +820,17 @@ def walk(seed: int) -> list[str]:
         "worker_drains": lambda: {"i": dice.randrange(6)},
         "worker_breaks": lambda: {"i": dice.randrange(6), "how": dice.choice(BREAKS)},
         "time_passes": lambda: {"seconds": dice.choice([0.5, 0.5, 5, 20, 40])},
-        "user_creates": lambda: {"on": dice.choice(targets), "backoff": dice.choice([0, 3, 10])},
+        "user_creates": lambda: {
+            "on": dice.choice(targets),
+            "backoff": dice.choice([0, 3, 10]),
+            "of": dice.randrange(10),
+        },
         "user_cancels": lambda: {"i": dice.randrange(MAX_REQUESTS)},
         "user_deletes": lambda: {"i": dice.randrange(MAX_REQUESTS)},
         "user_recreates_adapter": lambda: {"name": dice.choice(ADAPTERS), "ready": dice.random() < 0.5},
+        "user_has_the_version": lambda: {"name": dice.choice(ADAPTERS)},
         "user_rolls_back": lambda: {"name": dice.choice(ADAPTERS), "which": dice.randrange(10)},
+        "hand_frees": lambda: {"name": dice.choice(ADAPTERS)},
     }
     names_, weights = list(WEIGHTS), list(WEIGHTS.values())
     try:
@@ -764,3 +851,10 @@ def walk(seed: int) -> list[str]:
 def test_long_random_histories_keep_the_invariants_and_let_every_request_end() -> None:
     moves = [len(walk(seed)) for seed in range(WALKS)]
     assert sum(moves) > WALKS, "the walks must get somewhere, or they prove nothing"
+
+
+def test_every_mutation_still_has_its_place() -> None:
+    """What is taken away must be there, or `make model-mutations` would show nothing."""
+    command = [sys.executable, str(Path(__file__).with_name("model_mutations.py")), "--places"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
