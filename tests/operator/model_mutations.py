@@ -36,7 +36,7 @@ class Mutation(NamedTuple):
     """In `file` (of the operator, or the model itself), each `old`, which occurs once there, becomes `new`.
 
     `survives`: why the model is not expected to find it. `often`: rules that are tried five times as often, where what
-    finds it is rare. `never`: rules that are not tried, where they would break what is left by themselves.
+    finds it is rare. `never`: rules that are not tried, where they break what is left by themselves, or hide it.
     """
 
     write: str
@@ -47,8 +47,10 @@ class Mutation(NamedTuple):
     never: tuple[str, ...] = ()
 
 
-def one(write: str, what: str, file: str, old: str, new: str, survives: str = "", often: str = "") -> Mutation:
-    return Mutation(write, what, ((file, old, new),), survives, tuple(often.split()))
+def one(
+    write: str, what: str, file: str, old: str, new: str, survives: str = "", often: str = "", never: str = ""
+) -> Mutation:
+    return Mutation(write, what, ((file, old, new),), survives, tuple(often.split()), tuple(never.split()))
 
 
 def without_rv(write: str, action: str, kind: str, often: str = "") -> Mutation:
@@ -163,7 +165,7 @@ MUTATIONS = (
         THE_MODEL,
         'if live is None or (live["status"].get("worker"), live["status"].get("attempt")) != (worker.name, attempt):',
         "if live is None:",
-        often="worker_claims worker_hears plans",
+        often="worker_hears time_passes pods_start",
     ),
     one(
         "Claim",
@@ -171,7 +173,8 @@ MUTATIONS = (
         THE_MODEL,
         "        if ended(live):\n            return None\n",
         "",
-        often="user_cancels worker_hears worker_claims",
+        often="worker_hears worker_claims pods_start leader_turns",
+        never="workers_claim",
     ),
     one(
         "Claim",
