@@ -296,7 +296,7 @@ MUTATIONS = (
         PLAN,
         "if result is not None and succeeded(result) and self._is_ours(request, result):",
         "if result is not None and succeeded(result) and not request.cancel and self._is_ours(request, result):",
-        often="user_cancels hears workers_succeed",
+        often="user_cancels_too_late",
     ),
     without_rv("Free", "Free", "ADAPTER"),
     one(

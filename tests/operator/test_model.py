@@ -190,6 +190,14 @@ class ControlPlaneModel(RuleBasedStateMachine):
             patch = {"spec": {"cancel": True}, "metadata": {"generation": generation}}
             self.api.change(Kind.REQUEST, TEAM, name, patch)
 
+    @rule()
+    def user_cancels_too_late(self) -> None:
+        """What has a result already."""
+        for i in range(self.made):
+            raw = self.api.objects.get((Kind.REQUEST, TEAM, NAMES[i]))
+            if raw and raw["status"].get("result") and not ended(raw) and not raw["spec"].get("cancel"):
+                return self.user_cancels(i)
+
     @rule(i=st.integers(0, MAX_REQUESTS))
     def user_deletes(self, i: int) -> None:
         name = NAMES[i % max(1, self.made)]
@@ -773,6 +781,7 @@ WEIGHTS: dict[str, float] = {
     "time_passes": 6,
     "user_creates": 4,
     "user_cancels": 2,
+    "user_cancels_too_late": 1,
     "user_deletes": 2,
     "user_recreates_adapter": 1,
     "user_has_the_version": 2,
