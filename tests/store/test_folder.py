@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -206,3 +207,23 @@ def test_writers_into_a_folder_that_others_empty_all_end_well(root: Path) -> Non
         for done in [threads.submit(write, number) for number in range(4)]:
             done.result()
     assert list(store.list(f"file://{root}/v/")) == []
+
+
+def test_a_write_into_a_folder_arrives_while_others_delete_there_what_is_not_there(root: Path) -> None:
+    """As an operation does that runs again: a folder goes with its last object, and not while one is on its way."""
+    store, over = open_store(f"file://{root}/v/"), threading.Event()
+
+    def empty() -> None:
+        while not over.is_set():
+            store.delete(f"file://{root}/v/nothing")
+
+    with ThreadPoolExecutor(1) as threads:
+        emptying = threads.submit(empty)
+        try:
+            for number in range(300):
+                store.put(f"file://{root}/v/{number}", b"x")
+                assert store.get(f"file://{root}/v/{number}") == b"x"
+                store.delete(f"file://{root}/v/{number}")
+        finally:
+            over.set()
+        emptying.result()

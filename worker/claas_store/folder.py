@@ -10,7 +10,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import random
 import stat
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -23,6 +25,8 @@ from claas_store.limits import CHUNK_BYTES, MAX_OBJECT_BYTES
 from claas_store.listing import Entry, Upload
 
 _SCRATCH = ".claas-partial-"  # a file in the making; a killed writer leaves it behind, and readers never see it
+_PAUSE_SECONDS = 0.01
+_TRIES = 50  # of a write into a folder that others are emptying at the same time
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -59,12 +63,12 @@ class FolderStore:
 
     def put(self, uri: str, data: bytes, *, if_absent: bool = True) -> None:
         """See `Store.put`."""
-        for last in (False, False, True):
+        for _ in range(_TRIES):
             try:
                 return self._put(uri, data, if_absent)
             except NotFound:  # the folder was emptied, and so removed, between its making and its use
-                if last:
-                    raise
+                time.sleep(random.uniform(0, _PAUSE_SECONDS))
+        raise StorageUnavailable(f"{uri}: its folder is removed again and again")
 
     def _put(self, uri: str, data: bytes, if_absent: bool) -> None:
         with _errors(uri), self._folder(uri, create=True) as (folder, name):
@@ -88,8 +92,11 @@ class FolderStore:
 
     def delete(self, uri: str) -> None:
         """See `Store.delete`. A folder that it empties goes too, as in an object store."""
-        with contextlib.suppress(NotFound), _errors(uri), self._folder(uri) as (folder, name):
-            os.unlink(name, dir_fd=folder)
+        try:
+            with _errors(uri), self._folder(uri) as (folder, name):
+                os.unlink(name, dir_fd=folder)
+        except NotFound:
+            return  # a folder without it may be one that somebody is about to write into
         location = uris.parse(uri)
         above = uris.Location("file", "", location.segments[:-1]).object_uri
         with contextlib.suppress(OSError, StoreError), self._folder(above) as (folder, name):
