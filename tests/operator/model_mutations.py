@@ -196,7 +196,8 @@ MUTATIONS = (
         THE_MODEL,
         'if raw and (raw["status"].get("worker"), raw["status"].get("attempt")) == (worker.name, attempt):',
         "if raw:",
-        often="worker_breaks worker_reports time_passes",
+        often="worker_breaks pods_start leader_turns",
+        never="workers_succeed all_goes_well",
     ),
     one(
         "Report",
