@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import logging
 import sys
 import urllib.parse
@@ -124,6 +125,8 @@ class Process:
         self._loop = Loop(self._settings, self._api, metrics)
         if self._metrics_url is not None:
             self._site = await serve(metrics, self._metrics_url)
+        gc.collect()
+        gc.freeze()  # modules and models stay: to look through them again would hold up the loop for 100 ms
         self._task = asyncio.create_task(self._loop.run(), name="loop")
         self._task.add_done_callback(self._ended)
 

@@ -7,7 +7,7 @@ autograd, the same loss on the same hidden states, clipping and torch's AdamW; s
 Weights are random, of the real shapes. Loss and gradient of both sides are compared before anything is timed.
 
 Two bf16 passes of one model differ by what bf16 rounds, PEFT's with itself in a batch of another shape as well; so
-`--exact` asks how far either side is from an fp32 base's, over several adapters, and equal is who is as near as PEFT.
+`--exact` asks how far either side is from an fp32 base's, over several adapters, and whether ours is as near as PEFT.
 `--mixed N` trains N mixed requests over many adapters of several ranks and targets, then each adapter's requests by
 itself; a tenth of them once more in plain torch, whose distance from the second way is what rounding does by itself.
 
@@ -461,7 +461,7 @@ def compared(rows: Sequence[tuple[float, dict[str, torch.Tensor], Side]]) -> dic
         found |= {"plain_loss_error_to_fp32_rms": rms[1], "plain_loss_error_to_fp32_mean": mean[1]}
         near = cosines.mean(0)
         found |= {"cosine_to_fp32": near[0], "plain_cosine_to_fp32": near[1]}
-        found["equal"] |= bool(rms[0] <= max(1e-3, rms[1]) and near[0] >= near[1])
+        found["as_near_as_plain"] = bool(rms[0] <= max(1e-3, rms[1]) and near[0] >= near[1])
     return {name: float(value) if isinstance(value, np.floating) else value for name, value in found.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -40,6 +41,8 @@ def make_app(settings: ShimSettings, *, started: Callable[[Door], None] = lambda
         door = Door(settings, await connect_cluster())
         app.state.door = door
         await door.start()
+        gc.collect()
+        gc.freeze()  # modules and models stay: to look through them again would hold up every caller for 100 ms
         started(door)
         try:
             yield
