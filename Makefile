@@ -69,7 +69,7 @@ learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (h
 	$(PY) -m learning verdict --out build/learning.json
 
 .PHONY: fuzz-api
-fuzz-api: env ## ten thousand generated calls of the REST API (8 minutes on a busy machine)
+fuzz-api: env ## ten thousand generated calls of the REST API, and as many valid ones (20 minutes on a busy machine)
 	CLAAS_FUZZ_EXAMPLES=600 $(PY) -m pytest tests/shim/test_fuzz.py -q -s --stress
 
 .PHONY: bench-api
