@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -55,16 +56,8 @@ class Deployment:
                 name: base64.b64decode(secret[name]).decode() for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
             }
             settings |= {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}
-            before = {name: os.environ.get(name) for name in settings}
-            os.environ.update(settings)
-            try:
+            with mock.patch.dict(os.environ, settings):
                 yield
-            finally:
-                for name, value in before.items():
-                    if value is None:
-                        del os.environ[name]
-                    else:
-                        os.environ[name] = value
 
     def logs(self, lines: int = 12) -> str:
         """The last log lines of every Pod of the release, for an error's end."""

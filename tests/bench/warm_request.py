@@ -24,10 +24,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("crds", "worker", "teacher", "operator", "tests", "tests/bench")]
@@ -288,20 +289,10 @@ def teacher_alone(url: str, tokens: int, rounds: int = 9) -> float:
     return statistics.median(times[2:])
 
 
-@contextmanager
-def on_gpu(number: str, **variables: str) -> Iterator[None]:
-    """Processes started here see that card alone, and these variables where they are not empty."""
-    given: Mapping[str, str] = {"CUDA_VISIBLE_DEVICES": number, **{key: v for key, v in variables.items() if v}}
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def on_gpu(number: str, **variables: str) -> AbstractContextManager[object]:
+    """Processes started in it see that card alone, and these variables where they are not empty."""
+    given = {"CUDA_VISIBLE_DEVICES": number, **{key: value for key, value in variables.items() if value}}
+    return mock.patch.dict(os.environ, given)
 
 
 def keep_logs(folder: Path, out: Path) -> None:
