@@ -126,7 +126,7 @@ class Process:
         if self._metrics_url is not None:
             self._site = await serve(metrics, self._metrics_url)
         gc.collect()
-        gc.freeze()  # modules and models stay: to look through them again would hold up the loop for 100 ms
+        gc.freeze()  # modules and models stay: to look through them again would hold up the loop for 60 ms
         self._task = asyncio.create_task(self._loop.run(), name="loop")
         self._task.add_done_callback(self._ended)
 

@@ -42,7 +42,7 @@ def make_app(settings: ShimSettings, *, started: Callable[[Door], None] = lambda
         app.state.door = door
         await door.start()
         gc.collect()
-        gc.freeze()  # modules and models stay: to look through them again would hold up every caller for 100 ms
+        gc.freeze()  # modules and models stay: to look through them again would hold up every caller for 65 ms
         started(door)
         try:
             yield
