@@ -160,6 +160,19 @@ def test_a_backward_pass_after_another_forward_pass_is_refused() -> None:
         first.backward()
 
 
+def test_a_call_of_what_is_compiled_is_run_plain_while_another_thread_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's thread traces beside a user's step; by torch's default such a call is refused."""
+    monkeypatch.setattr(torch._dynamo.config, "error_on_nested_fx_trace", True)
+    double = torch.compile(lambda x: x * 2, backend="eager")
+    monkeypatch.setattr("torch.fx._symbolic_trace._is_fx_tracing_flag", True)
+    with pytest.raises(RuntimeError, match="symbolically trace"):
+        double(torch.ones(1))
+    monkeypatch.setattr("torch.fx._symbolic_trace._is_fx_tracing_flag", False)
+    Engine(model_of(KINDS, "qwen2"), captures=True)
+    monkeypatch.setattr("torch.fx._symbolic_trace._is_fx_tracing_flag", True)
+    assert double(torch.ones(1)).item() == 2
+
+
 def test_rows_of_like_counts_share_slots_and_shapes_are_rounded_up() -> None:
     a, b = (FlatState(_flat_of(rank), torch.zeros(ROW)) for rank in (16, 20))
     shape, rows, slots = arrange([100, 90, 10, 5], [a, b, a, b])
