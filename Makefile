@@ -85,7 +85,7 @@ bench-student: env ## the training step on a GPU against plain PEFT: times, equa
 bench-operator: python ## 1,000, 10,000 and 30,000 requests through the operator and real agents, judged (long, and on an idle machine)
 	@python3.11 tests/prepare.py --tests
 	@mkdir -p build && rm -f build/operator-load.json
-	$(PY) tests/bench/operator_load.py run --requests 1000
+	for run in 1 2 3; do $(PY) tests/bench/operator_load.py run --requests 1000 || exit 1; done
 	$(PY) tests/bench/operator_load.py run --requests 10000 --restart
 	$(PY) tests/bench/operator_load.py run --requests 10000 --restart --spec-bytes 16384
 	$(PY) tests/bench/operator_load.py run --requests 30000 --no-raw

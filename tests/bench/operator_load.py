@@ -600,16 +600,40 @@ def _say(text: str) -> None:
 # The verdict
 
 
-def verdict(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the bounds ask for and the records do not show, in sentences."""
+@dataclass(frozen=True)
+class Judged:
+    """One number of all runs of one kind and size, against its bound."""
+
+    run: str
+    field: str
+    values: Sequence[float]
+    word: str
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        """In every run, not on average."""
+        return max(self.values) <= self.limit if self.word == "at_most" else min(self.values) >= self.limit
+
+    def __str__(self) -> str:
+        spread = f"{statistics.fmean(self.values):.4g} ({min(self.values):.4g} to {max(self.values):.4g})"
+        word = "within" if self.holds else "NOT WITHIN"
+        return f"{self.run}, {len(self.values)} runs: {self.field} {spread}, {word} {self.word} {self.limit:g}"
+
+
+def verdict(records: Sequence[Mapping[str, Any]]) -> list[Judged]:
+    """Mean and spread of what the bounds name, over the records of the same kind and size."""
     bounds = yaml.safe_load(BOUNDS.read_text())["operator"]
+    alike: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        alike.setdefault(_name(record), []).append(record)
     return [
-        f"{_name(record)}: {field} is {value:.4g}, {word} {limit}"
-        for record in records
+        Judged(name, field, values, word, limit)
+        for name, group in alike.items()
         for field, bound in bounds.items()
-        if (value := _look_up(record, field)) is not None
+        if (values := [value for record in group if (value := _look_up(record, field)) is not None])
         for word, limit in bound.items()
-        if (word == "at_most" and value > limit) or (word == "at_least" and value < limit)
+        if word in ("at_most", "at_least")
     ]
 
 
@@ -653,9 +677,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "plot":
         operator_plots.plot(records, options.out.with_suffix(".png"))
     elif options.command == "verdict":
-        failures = verdict(records)
-        print("\n".join(failures) or f"{len(records)} records, all within bounds")
-        return 1 if failures or not records else 0
+        judged = verdict(records)
+        print("\n".join(map(str, judged)) or f"no records in {options.out}")
+        return 0 if judged and all(one.holds for one in judged) else 1
     else:
         with tempfile.TemporaryDirectory(prefix="claas-bench-") as folder:
             record = asyncio.run((run if options.command == "run" else flood)(options, Path(folder)))
