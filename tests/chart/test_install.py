@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import threading
 import time
@@ -53,8 +55,8 @@ def kubectl(control_plane: ControlPlane) -> Kubectl:
 def restricted_namespace(kubectl: Kubectl) -> str:
     """A new namespace that admits restricted Pods only."""
     name = f"chart-{uuid.uuid4().hex[:8]}"
-    kubectl("create", "namespace", name)
-    kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    kubectl.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
     until("the default service account", lambda: kubectl.get("serviceaccounts", "-n", name))
     return name
 
@@ -91,12 +93,13 @@ def pod_of(template: Object, name: str) -> Object:
 def test_the_api_server_admits_every_pod(kubectl: Kubectl, helm: Helm, variant: str) -> None:
     """Under the restricted Pod Security Standard; those of the operator's settings too, which nobody else checks."""
     namespace = restricted_namespace(kubectl)
+    client = kubernetes.config.new_client_from_config(str(kubectl.kubeconfig))
+    core = kubernetes.client.CoreV1Api(client)
     for account in ("operator", "worker", "operation", "teacher", "shim"):
-        kubectl("create", "serviceaccount", f"claas-{account}", "-n", namespace)
+        core.create_namespaced_service_account(namespace, {"metadata": {"name": f"claas-{account}"}})
     for name, template in pod_templates(helm.render(*VARIANTS[variant])).items():
-        pod = pod_of(template, "x")
-        arguments = ("create", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", "-")
-        assert "pod/x created" in kubectl(*arguments, stdin=json.dumps(pod)), name
+        dry = {"dry_run": "All", "field_validation": "Strict", "_request_timeout": 10}
+        assert core.create_namespaced_pod(namespace, pod_of(template, "x"), **dry).metadata.name == "x", name
 
 
 def test_every_deployment_and_job_gets_its_pods(kubectl: Kubectl, namespace: str) -> None:
@@ -116,7 +119,12 @@ def test_generated_credentials_survive_an_upgrade(kubectl: Kubectl, namespace: s
 
 
 def worker_template() -> Object:
-    """The Pod template of the release's pool."""
+    """The Pod template of the release's pool; a new one, to be changed."""
+    return copy.deepcopy(_worker_template())
+
+
+@functools.cache
+def _worker_template() -> Object:
     objects = Helm(programs.ensure_kubectl() / "helm").render("--set", "crds.install=false", release=RELEASE)
     return pod_templates(objects)["pool l40s"]
 
@@ -164,15 +172,22 @@ def request_bound_to(kubectl: Kubectl, worker: str) -> str:
     name = f"r-{uuid.uuid4().hex[:8]}"
     spec = {"loraUri": "s3://adapters/default/a/", "samples": [{"prompt": "p", "response": "r"}]}
     made = {"apiVersion": names.API_VERSION, "kind": names.REQUEST_KIND, "metadata": {"name": name}, "spec": spec}
-    kubectl.apply(made, namespace="default")
+    admin_of(kubectl).create_namespaced_custom_object(*PLACE, made, _request_timeout=10)
     status = {"worker": worker, "attempt": 1, "state": "Assigned", "parent": {"uri": "s3://adapters/default/a/"}}
-    write_status(kubectl, name, "merge", {"status": status})
+    write_status(kubectl, name, {"status": status})
     return name
 
 
-def write_status(kubectl: Kubectl, name: str, kind: str, body: Any) -> None:
-    """Patch the request's status as a cluster admin."""
-    kubectl("patch", "dr", name, "-n", "default", "--subresource=status", f"--type={kind}", "-p", json.dumps(body))
+@functools.cache
+def admin_of(kubectl: Kubectl) -> Any:
+    """A cluster admin by the client library: faster than a process for each of many requests."""
+    return kubernetes.client.CustomObjectsApi(kubernetes.config.new_client_from_config(str(kubectl.kubeconfig)))
+
+
+def write_status(kubectl: Kubectl, name: str, body: Object | list[Object]) -> None:
+    """Patch the request's status as a cluster admin, with a merge patch or a JSON Patch."""
+    kind = JSON_PATCH if isinstance(body, list) else "application/merge-patch+json"
+    admin_of(kubectl).patch_namespaced_custom_object_status(*PLACE, name, body, _content_type=kind, _request_timeout=10)
 
 
 def patch(client: kubernetes.client.ApiClient, name: str, status: Object) -> Object:
@@ -244,10 +259,10 @@ def test_a_worker_writes_claim_progress_and_result_of_its_own_requests(kubectl: 
 def test_a_worker_writes_nothing_else(kubectl: Kubectl, workers: list[Worker], status: Object) -> None:
     mine, _ = workers
     name = request_bound_to(kubectl, mine.name)
-    before = kubectl.get("dr", name, "-n", "default")["status"]
+    before = admin_of(kubectl).get_namespaced_custom_object(*PLACE, name)["status"]
     said = refused(patch, mine.client, name, status)
     assert "may write only status.claim, status.progress and status.result" in said
-    assert kubectl.get("dr", name, "-n", "default")["status"] == before
+    assert admin_of(kubectl).get_namespaced_custom_object(*PLACE, name)["status"] == before
 
 
 def test_a_worker_may_not_touch_another_workers_request(kubectl: Kubectl, workers: list[Worker]) -> None:
@@ -259,7 +274,7 @@ def test_a_worker_may_not_touch_another_workers_request(kubectl: Kubectl, worker
 
 def test_a_request_that_is_bound_to_nobody_is_nobodys(kubectl: Kubectl, workers: list[Worker]) -> None:
     name = request_bound_to(kubectl, "somebody")
-    write_status(kubectl, name, "json", [{"op": "remove", "path": "/status"}])
+    write_status(kubectl, name, [{"op": "remove", "path": "/status"}])
     for status in (claim(workers[0].name), {"worker": workers[0].name}):
         operation = {"op": "add", "path": "/status", "value": status}
         assert "not bound to Pod" in refused(json_patch, workers[0].client, name, operation)

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import kubernetes
 import pytest
 import yaml
 
@@ -31,15 +30,17 @@ from claas_store.create import init_adapter
 from claas_store.errors import StorageDenied
 from claas_store.stores import open_store
 from claas_store.version import read_version
+from cluster.api import Api, ApiError
 from cluster.controlplane import ControlPlane
 from cluster.process import kill, spawn, wait_for
-from kubectl import CommandFailed, Kubectl, Object
+from kubectl import Kubectl, Object
 from objectstore import ObjectStore, running, secret_of
 from store import examples
 from store.chains import first
 
 pytestmark = pytest.mark.controlplane
 
+RBAC = "rbac.authorization.k8s.io"
 RELEASE, HOME = "tenants", "tenants-home"
 # One tenant's name begins with the other's, which begins its prefix as well.
 OWN, SHARED = ("green", "greenhouse"), ("red", "redwood")
@@ -62,38 +63,50 @@ def place(tenant: str) -> str:
     return f"s3://adapters/{tenant}/"
 
 
+def collection(plural: str, namespace: str) -> str:
+    """The path of all objects of a kind, ours or one of Kubernetes' core."""
+    ours = plural in (names.REQUEST_PLURAL, names.ADAPTER_PLURAL)
+    return f"/{f'apis/{names.API_VERSION}' if ours else 'api/v1'}/namespaces/{namespace}/{plural}"
+
+
 @dataclass(frozen=True)
 class World:
-    """The release and its tenants."""
+    """The release and its tenants; `admin` may do everything."""
 
-    admin: Kubectl
+    control_plane: ControlPlane
+    admin: Api
     store: ObjectStore
     folder: Path
-    url: str
+
+    def account(self, namespace: str, name: str, *roles: str) -> None:
+        """A service account with these ClusterRoles in its namespace."""
+        self.admin("POST", collection("serviceaccounts", namespace), {"metadata": {"name": name}})
+        subject = {"kind": "ServiceAccount", "name": name, "namespace": namespace}
+        for role in roles:
+            reference = {"apiGroup": RBAC, "kind": "ClusterRole", "name": role}
+            body = {"metadata": {"name": f"{name}-{role}"}, "roleRef": reference, "subjects": [subject]}
+            self.admin("POST", f"/apis/{RBAC}/v1/namespaces/{namespace}/rolebindings", body)
 
     def token(self, account: str, namespace: str, pod: str = "") -> str:
         """A token of a service account by TokenRequest, bound to a Pod where one is named."""
-        bound = ("--bound-object-kind=Pod", f"--bound-object-name={pod}") if pod else ()
-        token: str = self.admin("create", "token", account, "-n", namespace, *bound)
-        return token.strip()
+        bound = {"boundObjectRef": {"apiVersion": "v1", "kind": "Pod", "name": pod}} if pod else {}
+        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": bound}
+        path = f"{collection('serviceaccounts', namespace)}/{account}/token"
+        token: str = self.admin("POST", path, body)["status"]["token"]
+        return token
 
-    def acting(self, account: str, namespace: str, pod: str = "") -> Kubectl:
-        """kubectl with that token and nothing else."""
-        config = yaml.safe_load(self.admin.kubeconfig.read_text())
-        config["users"] = [
-            {"name": u["name"], "user": {"token": self.token(account, namespace, pod)}} for u in config["users"]
-        ]
-        path = self.folder / f"{namespace}-{account}-{pod or 'unbound'}.kubeconfig"
-        path.write_text(yaml.safe_dump(config))
-        return Kubectl(path, Path(self.admin.env["PATH"].split(":")[0]))
+    def acting(self, account: str, namespace: str, pod: str = "") -> Api:
+        """The API server as the bearer of that token and nothing else."""
+        authority = self.control_plane.authority.certificate
+        return Api(self.control_plane.url, authority, token=self.token(account, namespace, pod))
 
-    def user(self, tenant: str) -> Kubectl:
+    def user(self, tenant: str) -> Api:
         """Somebody with `edit` in the tenant's namespace."""
         return self.acting("user", tenant)
 
-    def environment(self, namespace: str, secret: str, reader: Kubectl | None = None) -> dict[str, str]:
+    def environment(self, namespace: str, secret: str, reader: Api | None = None) -> dict[str, str]:
         """What a Pod of `namespace` gets from its Secret."""
-        data = (reader or self.admin).get("secret", secret, "-n", namespace)["data"]
+        data = (reader or self.admin)("GET", f"{collection('secrets', namespace)}/{secret}")["data"]
         keys = {name: base64.b64decode(value).decode() for name, value in data.items()}
         return {"AWS_ENDPOINT_URL_S3": self.store.endpoint, "AWS_REGION": "us-east-1", **keys}
 
@@ -109,10 +122,10 @@ def world(kubectl: Kubectl, control_plane: ControlPlane) -> Iterator[World]:  # 
     with tempfile.TemporaryDirectory(prefix="claas-tenants-", ignore_cleanup_errors=True) as path:
         folder = Path(path)
         with running(folder, rights=KEYS) as store:
-            made = World(kubectl, store, folder, control_plane.url)
+            made = World(control_plane, control_plane.api, store, folder)
             for namespace in (HOME, *TENANTS):
-                kubectl("create", "namespace", namespace)
-            kubectl.apply(secret("pool"), namespace=HOME)
+                made.admin("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
+            made.admin("POST", collection("secrets", HOME), secret("pool"))
             values = {
                 "crds": {"install": False},
                 "pools": POOLS,
@@ -123,20 +136,21 @@ def world(kubectl: Kubectl, control_plane: ControlPlane) -> Iterator[World]:  # 
             (folder / "values.yaml").write_text(yaml.safe_dump(values))
             kubectl.helm("install", RELEASE, str(CHART), "-n", HOME, "-f", str(folder / "values.yaml"))
             for tenant in TENANTS:
-                kubectl("create", "serviceaccount", "user", "-n", tenant)
-                bind(kubectl, tenant, "user", "edit")
+                made.account(tenant, "user", "edit")
             for tenant in OWN:
-                kubectl("create", "serviceaccount", "trainer", "-n", tenant)
-                kubectl.apply(secret(tenant), namespace=tenant)
-                for role in ("worker", "worker-lease"):
-                    bind(kubectl, tenant, "trainer", f"{HOME}-{RELEASE}-{role}")
+                made.account(tenant, "trainer", f"{HOME}-{RELEASE}-worker", f"{HOME}-{RELEASE}-worker-lease")
+                made.admin("POST", collection("secrets", tenant), secret(tenant))
             for tenant in TENANTS:
                 with as_(made.environment(HOME, "store")):
                     first(f"{place(tenant)}there")
             config = folder / "config.yaml"
-            config.write_text(kubectl.get("configmap", f"{RELEASE}-operator", "-n", HOME)["data"]["config.yaml"])
-            identity = made.acting(f"{RELEASE}-operator", HOME)
-            environment = {"KUBECONFIG": str(identity.kubeconfig), "PYTHONPATH": os.pathsep.join(sys.path)}
+            settings = made.admin("GET", f"{collection('configmaps', HOME)}/{RELEASE}-operator")
+            config.write_text(settings["data"]["config.yaml"])
+            identity = yaml.safe_load(kubectl.kubeconfig.read_text())
+            for user in identity["users"]:
+                user["user"] = {"token": made.token(f"{RELEASE}-operator", HOME)}
+            (folder / "kubeconfig").write_text(yaml.safe_dump(identity))
+            environment = {"KUBECONFIG": str(folder / "kubeconfig"), "PYTHONPATH": os.pathsep.join(sys.path)}
             log = folder / "operator.log"
             process = spawn(
                 [sys.executable, "-m", "claas_operator", "--config", str(config)], log, environment=environment
@@ -147,11 +161,6 @@ def world(kubectl: Kubectl, control_plane: ControlPlane) -> Iterator[World]:  # 
             finally:
                 kill([process])
                 kubectl.helm("uninstall", RELEASE, "-n", HOME, "--no-hooks")
-
-
-def bind(kubectl: Kubectl, namespace: str, account: str, role: str) -> None:  # noqa: F811
-    binding = ("create", "rolebinding", f"{account}-{role}", f"--clusterrole={role}")
-    kubectl(*binding, f"--serviceaccount={namespace}:{account}", "-n", namespace)
 
 
 class as_:
@@ -172,7 +181,7 @@ def refusal(act: Callable[[], Any]) -> str:
     """What the API server said when it refused; empty when it did not."""
     try:
         act()
-    except CommandFailed as error:
+    except ApiError as error:
         return str(error)
     return ""
 
@@ -201,27 +210,25 @@ def unique(word: str) -> str:
 @pytest.mark.parametrize("namespace", TENANTS)
 def test_a_user_sees_and_asks_in_its_own_namespace_alone(world: World, tenant: str, namespace: str) -> None:
     me, name, own = world.user(tenant), unique("visit"), tenant == namespace
-    world.admin.apply(request(f"{name}-there", loraUri=f"{place(namespace)}there/"), namespace=namespace)
+    requests = collection(names.REQUEST_PLURAL, namespace)
+    there = f"{requests}/{name}-there"
+    world.admin("POST", requests, request(f"{name}-there", loraUri=f"{place(namespace)}there/"))
     asks: dict[str, Callable[[], Any]] = {
-        "read requests": lambda: me("get", "dr", "-n", namespace),
-        "read adapters": lambda: me("get", "la", "-n", namespace),
-        "read the Secret": lambda: me("get", "secrets", "-n", namespace),
-        "make a request": lambda: me.apply(request(name, loraUri=f"{place(namespace)}there/"), namespace=namespace),
-        "cancel a request": lambda: me(
-            "patch", "dr", f"{name}-there", "-n", namespace, "--type=merge", "-p", '{"spec":{"cancel":true}}'
-        ),
-        "delete a request": lambda: me("delete", "dr", f"{name}-there", "-n", namespace),
+        "read requests": lambda: me("GET", requests),
+        "read adapters": lambda: me("GET", collection(names.ADAPTER_PLURAL, namespace)),
+        "read the Secret": lambda: me("GET", collection("secrets", namespace)),
+        "make a request": lambda: me("POST", requests, request(name, loraUri=f"{place(namespace)}there/")),
+        "cancel a request": lambda: me("PATCH", there, {"spec": {"cancel": True}}),
+        "delete a request": lambda: me("DELETE", there),
     }
     for what, act in asks.items():
         said = refusal(act)
         assert (said == "") == own, f"{tenant} in {namespace}: {what}: {said}"
         assert own or "Forbidden" in said, said
     if own:  # what the operator and the workers say is nobody else's to say
-        for field in ("status", "spec"):
-            patch = json.dumps({field: {"worker": "mine"} if field == "status" else {"loraUri": place("red")}})
-            sub = ("--subresource=status",) if field == "status" else ()
-            said = refusal(partial(me, "patch", "dr", name, "-n", namespace, *sub, "--type=merge", "-p", patch))
-            assert ("Forbidden" if field == "status" else "immutable") in said
+        mine = f"{requests}/{name}"
+        assert "Forbidden" in refusal(partial(me, "PATCH", f"{mine}/status", {"status": {"worker": "mine"}}))
+        assert "immutable" in refusal(partial(me, "PATCH", mine, {"spec": {"loraUri": place("red")}}))
 
 
 # The API: workers
@@ -240,45 +247,37 @@ BOUND = {"green": "green", "greenhouse": "greenhouse", "red": "shared", "redwood
 
 
 @pytest.fixture(scope="module")
-def workers(world: World) -> dict[str, Kubectl]:
+def workers(world: World) -> dict[str, Api]:
     made = {}
     for who, (namespace, account, name) in WORKERS.items():
         spec = {"serviceAccountName": account, "containers": [{"name": "worker", "image": "example/claas:1"}]}
-        world.admin.apply(
-            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}, namespace=namespace
-        )
+        world.admin("POST", collection("pods", namespace), {"metadata": {"name": name}, "spec": spec})
         made[who] = world.acting(account, namespace, name)
     return made
 
 
-def claim(worker: Kubectl, namespace: str, name: str, pod: str) -> str:
+def claim(worker: Api, request: str, pod: str) -> str:
     """What the API server says to a claim, written as the agent writes it; empty when it takes it."""
     value = {"worker": pod, "attempt": 1, "at": "2026-01-01T00:00:00Z"}
-    where = (names.GROUP, names.VERSION, namespace, names.REQUEST_PLURAL, name)
-    body = [{"op": "add", "path": "/status/claim", "value": value}]
-    try:
-        api_of(worker).patch_namespaced_custom_object_status(
-            *where, body, _content_type="application/json-patch+json", _request_timeout=10
-        )
-    except kubernetes.client.ApiException as error:
-        return str(json.loads(error.body)["message"])
-    return ""
+    return refusal(
+        partial(worker, "PATCH", f"{request}/status", [{"op": "add", "path": "/status/claim", "value": value}])
+    )
 
 
 @pytest.mark.parametrize("who", WORKERS)
 @pytest.mark.parametrize("namespace", TENANTS)
 @pytest.mark.parametrize("bound_to", ["shared", "green", "greenhouse"])
 def test_a_worker_claims_what_is_bound_to_it_where_its_pool_runs(
-    world: World, workers: dict[str, Kubectl], who: str, namespace: str, bound_to: str
+    world: World, workers: dict[str, Api], who: str, namespace: str, bound_to: str
 ) -> None:
     home, _, pod = WORKERS[who]
     name, worker = unique("bound"), WORKERS[bound_to][2]
     # No operator touches it: its adapter does not exist, and the status says that it runs.
-    world.admin.apply(request(name, adapterRef={"name": "none"}), namespace=namespace)
+    requests = collection(names.REQUEST_PLURAL, namespace)
+    world.admin("POST", requests, request(name, adapterRef={"name": "none"}))
     status = {"worker": worker, "attempt": 1, "state": "Assigned", "parent": {"uri": place(namespace)}}
-    merge = ("--subresource=status", "--type=merge", "-p", json.dumps({"status": status}))
-    world.admin("patch", "dr", name, "-n", namespace, *merge)
-    said = claim(workers[who], namespace, name, pod)
+    world.admin("PATCH", f"{requests}/{name}/status", {"status": status})
+    said = claim(workers[who], f"{requests}/{name}", pod)
     reaches = home in (HOME, namespace)
     genuine = pod == worker and home == (HOME if bound_to == "shared" else namespace)
     assert (said == "") == genuine, f"{who} on {namespace}'s request for {bound_to}: {said}"
@@ -293,12 +292,12 @@ def test_a_worker_claims_what_is_bound_to_it_where_its_pool_runs(
 @pytest.mark.parametrize("who", WORKERS)
 @pytest.mark.parametrize("namespace", [HOME, *TENANTS])
 def test_a_worker_reads_requests_where_it_works_and_no_secrets_anywhere(
-    workers: dict[str, Kubectl], who: str, namespace: str
+    workers: dict[str, Api], who: str, namespace: str
 ) -> None:
     """A Shared pool's workers see all requests: its tenants trust them, as the values say."""
-    home = WORKERS[who][0]
-    for kind, allowed in (("dr", home in (HOME, namespace)), ("la", False), ("secrets", False), ("pods", False)):
-        said = refusal(partial(workers[who], "get", kind, "-n", namespace))
+    readable = {names.REQUEST_PLURAL} if WORKERS[who][0] in (HOME, namespace) else set()
+    for kind in (names.REQUEST_PLURAL, names.ADAPTER_PLURAL, "secrets", "pods"):
+        said, allowed = refusal(partial(workers[who], "GET", collection(kind, namespace))), kind in readable
         assert (said == "") == allowed, f"{who} reads {kind} in {namespace}: {said}"
         assert allowed or "Forbidden" in said
 
@@ -354,27 +353,21 @@ PAIRS = [("green", "greenhouse"), ("greenhouse", "green"), ("red", "redwood"), (
 POOL_OF = dict.fromkeys(OWN, "own") | dict.fromkeys(SHARED, "shared")
 
 
-def api_of(who: Kubectl) -> Any:
-    """The Python client of the same identity, for hundreds of calls."""
-    return kubernetes.client.CustomObjectsApi(kubernetes.config.new_client_from_config(str(who.kubeconfig)))
-
-
 def fates(world: World, tenant: str, wanted: dict[str, Object]) -> dict[str, str]:
     """The reasons with which objects were refused, by the API server's rules or by the operator."""
-    me, all_ = api_of(world.user(tenant)), api_of(world.admin)
+    me = world.user(tenant)
     found, waiting = dict[str, str](), dict[str, str]()
     for what, made in wanted.items():
         plural = names.ADAPTER_PLURAL if made["kind"] == names.ADAPTER_KIND else names.REQUEST_PLURAL
         try:
-            me.create_namespaced_custom_object(names.GROUP, names.VERSION, tenant, plural, made, _request_timeout=10)
+            me("POST", collection(plural, tenant), made)
             waiting[made["metadata"]["name"]] = what
-        except kubernetes.client.ApiException as error:
-            found[what] = "Invalid" if error.status == 422 else f"HTTP {error.status}"
+        except ApiError as error:
+            found[what] = "Invalid" if error.code == 422 else f"HTTP {error.code}"
 
     def decided() -> bool:
         for plural, kind in ((names.ADAPTER_PLURAL, "Ready"), (names.REQUEST_PLURAL, "Failed")):
-            listed = all_.list_namespaced_custom_object(names.GROUP, names.VERSION, tenant, plural, _request_timeout=10)
-            for seen in listed["items"]:
+            for seen in world.admin("GET", collection(plural, tenant))["items"]:
                 told = [c for c in seen.get("status", {}).get("conditions", []) if c["type"] == kind]
                 if told and (what := waiting.pop(seen["metadata"]["name"], "")):
                     found[what] = told[0]["reason"]
@@ -386,7 +379,6 @@ def fates(world: World, tenant: str, wanted: dict[str, Object]) -> dict[str, str
 
 @pytest.mark.parametrize(("tenant", "other"), PAIRS)
 def test_no_object_names_anothers_place_however_it_is_written(world: World, tenant: str, other: str) -> None:
-    me = world.user(tenant)
     pool, home = POOL_OF[tenant], f"{place(tenant)}{unique('x')}/"
     wanted: dict[str, Object] = {}
     for trick in TRICKS:
@@ -409,7 +401,8 @@ def test_no_object_names_anothers_place_however_it_is_written(world: World, tena
     found = fates(world, tenant, wanted)
     assert set(found.values()) == {"Invalid", "StorageDenied"}, found
     assert found[f"spec.storage.uri s3://adapters/{other}/x/"] == "StorageDenied"
-    assert me("get", "jobs", "-n", tenant, "-o", "name") == "", "no Job was made for any of them"
+    jobs = world.user(tenant)("GET", f"/apis/batch/v1/namespaces/{tenant}/jobs")
+    assert jobs["items"] == [], "no Job was made for any of them"
 
 
 @pytest.mark.parametrize(("tenant", "other"), PAIRS)
@@ -418,12 +411,13 @@ def test_an_operation_runs_where_and_as_whom_its_pool_says_and_reaches_no_furthe
 ) -> None:
     """The Job that the operator made, run here with what its Pod would get."""
     name, uri = unique("mine"), f"{place(tenant)}{unique('mine')}/"
-    world.user(tenant).apply(adapter(name, uri, pool=POOL_OF[tenant]), namespace=tenant)
-    uid = world.admin.get("la", name, "-n", tenant)["metadata"]["uid"]
+    adapters = collection(names.ADAPTER_PLURAL, tenant)
+    uid = world.user(tenant)("POST", adapters, adapter(name, uri, pool=POOL_OF[tenant]))["metadata"]["uid"]
     own, jobs = tenant in OWN, list[Object]()
 
     def made() -> bool:
-        jobs[:] = world.admin.get("jobs", "-A", "-l", f"{names.ADAPTER_UID_LABEL}={uid}")
+        path = f"/apis/batch/v1/jobs?labelSelector={names.ADAPTER_UID_LABEL}={uid}"
+        jobs[:] = world.admin("GET", path)["items"]
         return bool(jobs)
 
     wait_for("a create Job", made, 30)

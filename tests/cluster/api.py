@@ -26,16 +26,19 @@ class ApiError(RuntimeError):
 
 
 class Api:
-    """An API server at ``url``, as the bearer of ``identity``."""
+    """An API server at ``url``, as whom a certificate (``identity``) or a ``token`` names."""
 
-    def __init__(self, url: str, authority: Path, identity: Pair) -> None:
+    def __init__(self, url: str, authority: Path, identity: Pair | None = None, *, token: str = "") -> None:
         self.url = url
         self._host = urllib.parse.urlsplit(url).netloc
         self._tls = ssl.create_default_context(cafile=str(authority))
-        self._tls.load_cert_chain(identity.certificate, identity.key)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        if identity is not None:
+            self._tls.load_cert_chain(identity.certificate, identity.key)
 
-    def __call__(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Sends ``body`` as JSON (a PATCH as a merge patch) and gives the answer: decoded JSON, or text.
+    def __call__(self, method: str, path: str, body: dict[str, Any] | list[Any] | None = None) -> Any:
+        """Sends ``body`` as JSON (a PATCH as a merge patch, a list as a JSON Patch) and gives the answer: decoded
+        JSON, or text.
 
         Raises:
             ApiError: the API server said no.
@@ -43,12 +46,13 @@ class Api:
         """
         connection = http.client.HTTPSConnection(self._host, timeout=TIMEOUT_SECONDS, context=self._tls)
         try:
-            kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-            connection.request(method, path, json.dumps(body) if body is not None else None, {"Content-Type": kind})
+            patch = "application/json-patch+json" if isinstance(body, list) else "application/merge-patch+json"
+            headers = self._headers | {"Content-Type": patch if method == "PATCH" else "application/json"}
+            connection.request(method, path, json.dumps(body) if body is not None else None, headers)
             answer = connection.getresponse()
             text = answer.read().decode()
             if answer.status >= 400:
-                raise ApiError(answer.status, text[:500])
+                raise ApiError(answer.status, text[:2000])
             return json.loads(text) if "json" in (answer.getheader("Content-Type") or "") else text
         finally:
             connection.close()
