@@ -81,6 +81,11 @@ bench-student: env ## the training step on a GPU against plain PEFT: times, equa
 	@mkdir -p build
 	$(PY) tests/bench/student_step.py --exact --profile --mixed 60 --out build/student.json
 
+.PHONY: bench-trl
+bench-trl: env ## the training step on a GPU against the SDPO trainer of TRL, whose packages are fetched for it (3 minutes)
+	@mkdir -p build
+	$(PY) tests/bench/step_against_trl.py --out build/trl.json
+
 .PHONY: bench-operator
 bench-operator: python ## 1,000, 10,000 and 30,000 requests through the operator and real agents, judged (long, and on an idle machine)
 	@python3.11 tests/prepare.py --tests

@@ -4,6 +4,7 @@ GPU."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -407,3 +408,15 @@ def test_the_bench_agrees_with_plain_peft() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "1.00000" in done.stdout
+
+
+@pytest.mark.stress  # 220 MB of packages that nothing else needs, from the registry
+def test_the_bench_runs_the_trainer_of_trl(tmp_path: Path) -> None:
+    """`tests/bench/step_against_trl.py --smoke`: its loss is finite, its step moves weights, its tokens are ours."""
+    bench, out = Path(__file__).parents[1] / "bench" / "step_against_trl.py", tmp_path / "trl.json"
+    command = [sys.executable, str(bench), "--smoke", "--rounds", "1", "--cases", "0", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["trl_ms"] > case["trl_teacher_ms"] > 0
+    assert case["trl_gradient_norm"] > 0 < case["trl_largest_change"]
