@@ -8,8 +8,8 @@ Weights are random, of the real shapes. Loss and gradient of both sides are comp
 
 Two bf16 passes of one model differ by what bf16 rounds, PEFT's with itself in a batch of another shape as well; so
 `--exact` asks how far either side is from an fp32 base's, over several adapters, and whether ours is as near as PEFT.
-`--mixed N` trains N mixed requests over many adapters of several ranks and targets, then each adapter's requests by
-itself; a tenth of them once more in plain torch, whose distance from the second way is what rounding does by itself.
+`--mixed N` trains N mixed requests over many adapters of several ranks and targets, then the requests of `--alone` of
+them by themselves, and once more in plain torch, whose distance from the second way is what rounding does by itself.
 
 `--smoke` runs a tiny model on the CPU: the same code, for correctness alone.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--memory-gib", type=float, default=44.0, help="what our side may take: an L40S's")
     parser.add_argument("--mixed", type=int, default=0, help="so many mixed requests, after the cases")
     parser.add_argument("--adapters", type=int, default=12, help="of --mixed")
+    parser.add_argument("--alone", type=int, default=10, help="of these, so many are trained alone too, of every kind")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU: correctness alone")
     parser.add_argument("--no-plain", action="store_true", help="leave plain PEFT's times out (equality stays)")
     parser.add_argument("--exact", action="store_true", help="gradients against fp32 too, and PEFT against itself")
@@ -213,12 +215,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.out:
             arguments.out.write_text(json.dumps(results, indent=1))
     if arguments.mixed:
-        results["mixed"] = mixed(student, arguments.mixed, arguments.adapters, arguments.memory_gib)
+        results["mixed"] = mixed(student, arguments.mixed, arguments.adapters, arguments.alone, arguments.memory_gib)
         note(json.dumps(results["mixed"]))
     return results
 
 
-def mixed(student: Student, requests: int, adapters: int, memory_gib: float) -> dict[str, Any]:
+def mixed(student: Student, requests: int, adapters: int, sample: int, memory_gib: float) -> dict[str, Any]:
     """Requests of 24 to 700 tokens and 1 to 3 samples, in batches of 1 to 6; what became of base, adapters, memory."""
     random = np.random.default_rng(0)
     engine, cuda = student.engine, student.device.type == "cuda"
@@ -279,16 +281,20 @@ def mixed(student: Student, requests: int, adapters: int, memory_gib: float) -> 
         "largest_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if cuda else 0.0,
     }
     note(json.dumps(found))
-    together = {who: weights_of(student, heads[who]) for who in trained}
+    # Drawn by chance within each kind, by turns.
+    by_kind = [[who for who in random.permutation(trained) if who % len(KINDS) == kind] for kind in range(len(KINDS))]
+    drawn = sorted([int(who) for turn in itertools.zip_longest(*by_kind) for who in turn if who is not None][:sample])
+    together = {who: weights_of(student, heads[who]) for who in drawn}
     for who in trained:
         student.bank.remove(heads[who])
-    apart = {who: alone(who) for who in trained}
-    starts = {who: joined(seeds[first[who]]) for who in trained}
+    apart = {who: alone(who) for who in drawn}
+    starts = {who: joined(seeds[first[who]]) for who in drawn}
+    found["alone"] = {"adapters": len(drawn), "requests": sum(who in together for b in batches for who, _ in b)}
     found["together_and_apart"] = distances(starts, together, apart)
     note(json.dumps(found))
     engine.settled(240)
     engine.plainly()
-    again = {who: alone(who) for who in trained[:: max(1, len(trained) // 10)]}
+    again = {who: alone(who) for who in drawn}
     found["apart_and_plain_torch"] = distances(starts, again, apart)
     found["base_unchanged"] &= unchanged(student, before)
     return found
@@ -330,8 +336,10 @@ def weights_of(student: Student, uri: str) -> torch.Tensor:
     return joined(adapter.tensors())
 
 
-def prepared(case: Case, student: Student) -> tuple[StepWithoutStore, list[list[dict[str, Any]]], list[Job]]:
-    """A case's step with its adapters' first weights; by adapter, its samples and its first request."""
+def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Equality, times, memory and profile of a case."""
+    engine, cuda = student.engine, student.device.type == "cuda"
+    assert engine is not None
     torch.manual_seed(0)
     seeds = {
         f"s3://bench/{case.samples}x{case.tokens}/{number}+0/": seed_tensors(student, number)
@@ -340,35 +348,7 @@ def prepared(case: Case, student: Student) -> tuple[StepWithoutStore, list[list[
     teacher = MadeUpTeacher(student.fingerprint, student.head.shape[0])
     step = StepWithoutStore(student, Scorer(student, teacher), Limits(4096, 4096), seeds)  # type: ignore[arg-type]
     samples = made_up_samples(case, student)
-    return step, samples, [job(uri, samples[number]) for number, uri in enumerate(seeds)]
-
-
-class Rounds:
-    """Steps of a case, each the next one of the same adapters, whose versions are `heads`."""
-
-    def __init__(
-        self, step: StepWithoutStore, heads: Sequence[str], samples: list[list[dict[str, Any]]], memory_gib: float
-    ) -> None:
-        self._step, self.heads, self._samples, self._memory_gib = step, list(heads), samples, memory_gib
-
-    def __call__(self) -> float:
-        """Seconds of one, of all adapters together."""
-        again = [job(uri, self._samples[number]) for number, uri in enumerate(self.heads)]
-        limit_memory(self._memory_gib)
-        outcomes = self._step.batch([(one, silent) for one in again])
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
-        self.heads = [outcome.lora_uri for outcome in outcomes if isinstance(outcome, Result)]
-        return self._step.seconds
-
-
-def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Equality, times, memory and profile of a case."""
-    engine, cuda = student.engine, student.device.type == "cuda"
-    assert engine is not None
-    step, samples, jobs = prepared(case, student)
-    seeds = step.seeds
+    jobs = [job(uri, samples[number]) for number, uri in enumerate(seeds)]
     found: dict[str, Any] = {"case": case.name, "target": case.target}
 
     first, gradients = recorded(step, jobs, arguments.memory_gib, engine)
@@ -387,17 +367,27 @@ def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.
     found |= compared([(loss_of(first[n]), split(gradients[n]), side) for n, side in sides.items()])
     gradients.clear()
 
-    one_round = Rounds(step, heads, samples, arguments.memory_gib)
+    def one_round() -> float:
+        nonlocal heads
+        again = [job(uri, samples[number]) for number, uri in enumerate(heads)]
+        limit_memory(arguments.memory_gib)
+        outcomes = step.batch([(one, silent) for one in again])
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        heads = [outcome.lora_uri for outcome in outcomes if isinstance(outcome, Result)]
+        return step.seconds
+
     if cuda:
         started = perf_counter()
         one_round()
         engine.settled(240)
         found["compile_and_capture_s"] = round(perf_counter() - started, 1)
-        for uri in one_round.heads:
+        for uri in heads:
             student.bank.remove(uri)
         afresh = [job(uri, samples[number]) for number, uri in enumerate(seeds)]
         captured, gradients = recorded(step, afresh, arguments.memory_gib, engine)
-        one_round.heads = [outcome.lora_uri for outcome in captured]
+        heads = [outcome.lora_uri for outcome in captured]
         rows = [(loss_of(captured[n]), split(gradients[n]), side) for n, side in sides.items()]
         if exact and case.adapters * case.samples == 1:
             rows += trials(case, student, plain, step, arguments.memory_gib)
@@ -432,7 +422,7 @@ def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.
     if arguments.profile and cuda:
         found["profile"] = profiled(one_round) | {"alone_ms": frozen_products_ms(student, case)}
     plain.stop()
-    for uri in one_round.heads:
+    for uri in heads:
         student.bank.remove(uri)
     gc.collect()
     if cuda:
