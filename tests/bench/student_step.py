@@ -336,10 +336,8 @@ def weights_of(student: Student, uri: str) -> torch.Tensor:
     return joined(adapter.tensors())
 
 
-def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Equality, times, memory and profile of a case."""
-    engine, cuda = student.engine, student.device.type == "cuda"
-    assert engine is not None
+def prepared(case: Case, student: Student) -> tuple[StepWithoutStore, list[list[dict[str, Any]]], list[Job]]:
+    """A case's step with its adapters' first weights; by adapter, its samples and its first request."""
     torch.manual_seed(0)
     seeds = {
         f"s3://bench/{case.samples}x{case.tokens}/{number}+0/": seed_tensors(student, number)
@@ -348,7 +346,35 @@ def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.
     teacher = MadeUpTeacher(student.fingerprint, student.head.shape[0])
     step = StepWithoutStore(student, Scorer(student, teacher), Limits(4096, 4096), seeds)  # type: ignore[arg-type]
     samples = made_up_samples(case, student)
-    jobs = [job(uri, samples[number]) for number, uri in enumerate(seeds)]
+    return step, samples, [job(uri, samples[number]) for number, uri in enumerate(seeds)]
+
+
+class Rounds:
+    """Steps of a case, each the next one of the same adapters, whose versions are `heads`."""
+
+    def __init__(
+        self, step: StepWithoutStore, heads: Sequence[str], samples: list[list[dict[str, Any]]], memory_gib: float
+    ) -> None:
+        self._step, self.heads, self._samples, self._memory_gib = step, list(heads), samples, memory_gib
+
+    def __call__(self) -> float:
+        """Seconds of one, of all adapters together."""
+        again = [job(uri, self._samples[number]) for number, uri in enumerate(self.heads)]
+        limit_memory(self._memory_gib)
+        outcomes = self._step.batch([(one, silent) for one in again])
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        self.heads = [outcome.lora_uri for outcome in outcomes if isinstance(outcome, Result)]
+        return self._step.seconds
+
+
+def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Equality, times, memory and profile of a case."""
+    engine, cuda = student.engine, student.device.type == "cuda"
+    assert engine is not None
+    step, samples, jobs = prepared(case, student)
+    seeds = step.seeds
     found: dict[str, Any] = {"case": case.name, "target": case.target}
 
     first, gradients = recorded(step, jobs, arguments.memory_gib, engine)
@@ -367,27 +393,17 @@ def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.
     found |= compared([(loss_of(first[n]), split(gradients[n]), side) for n, side in sides.items()])
     gradients.clear()
 
-    def one_round() -> float:
-        nonlocal heads
-        again = [job(uri, samples[number]) for number, uri in enumerate(heads)]
-        limit_memory(arguments.memory_gib)
-        outcomes = step.batch([(one, silent) for one in again])
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
-        heads = [outcome.lora_uri for outcome in outcomes if isinstance(outcome, Result)]
-        return step.seconds
-
+    one_round = Rounds(step, heads, samples, arguments.memory_gib)
     if cuda:
         started = perf_counter()
         one_round()
         engine.settled(240)
         found["compile_and_capture_s"] = round(perf_counter() - started, 1)
-        for uri in heads:
+        for uri in one_round.heads:
             student.bank.remove(uri)
         afresh = [job(uri, samples[number]) for number, uri in enumerate(seeds)]
         captured, gradients = recorded(step, afresh, arguments.memory_gib, engine)
-        heads = [outcome.lora_uri for outcome in captured]
+        one_round.heads = [outcome.lora_uri for outcome in captured]
         rows = [(loss_of(captured[n]), split(gradients[n]), side) for n, side in sides.items()]
         if exact and case.adapters * case.samples == 1:
             rows += trials(case, student, plain, step, arguments.memory_gib)
@@ -422,7 +438,7 @@ def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.
     if arguments.profile and cuda:
         found["profile"] = profiled(one_round) | {"alone_ms": frozen_products_ms(student, case)}
     plain.stop()
-    for uri in heads:
+    for uri in one_round.heads:
         student.bank.remove(uri)
     gc.collect()
     if cuda:
