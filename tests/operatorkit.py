@@ -263,6 +263,7 @@ class MemoryApi:
     """An API server in memory with the interface of `claas_operator.api.Api`.
 
     Attributes:
+        objects: each as it is now; a change makes a new object and leaves whoever has the old one alone.
         log: every change, as (kind, type, object): what watches deliver.
         pause: awaited before every call, so that a test can let others act in between.
     """
@@ -285,7 +286,7 @@ class MemoryApi:
         stored = copy.deepcopy(raw)
         stored["metadata"]["resourceVersion"] = str(self.version)
         self.objects[key] = stored
-        self.log.append((kind, "ADDED", copy.deepcopy(stored)))
+        self.log.append((kind, "ADDED", stored))
         return stored
 
     def change(self, kind: Kind, namespace: str, name: str, patch: Raw) -> Raw:
@@ -293,14 +294,14 @@ class MemoryApi:
         key = (kind, namespace, name)
         self.version += 1
         changed = merged(self.objects[key], patch)
-        changed["metadata"]["resourceVersion"] = str(self.version)
+        changed["metadata"] = changed["metadata"] | {"resourceVersion": str(self.version)}
         status = changed.get("status") or {}
         if kind is Kind.REQUEST:
             DistillRequestStatus.model_validate(status)
         elif kind is Kind.ADAPTER:
             LoraAdapterStatus.model_validate(status)
         self.objects[key] = changed
-        self.log.append((kind, "MODIFIED", copy.deepcopy(changed)))
+        self.log.append((kind, "MODIFIED", changed))
         return changed
 
     def drop(self, kind: Kind, namespace: str, name: str) -> None:
@@ -311,11 +312,11 @@ class MemoryApi:
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Raw | None:
         await self.pause()
-        return copy.deepcopy(self.objects.get((kind, namespace, name)))
+        return self.objects.get((kind, namespace, name))
 
     async def list(self, kind: Kind, selector: str = "", *, metadata_only: bool = False) -> AsyncIterator[Raw]:
         await self.pause()
-        for raw in [copy.deepcopy(raw) for key, raw in self.objects.items() if key[0] is kind]:
+        for raw in [raw for key, raw in self.objects.items() if key[0] is kind]:
             yield raw
 
     async def create(self, path: str, body: Raw) -> Raw:
@@ -330,7 +331,7 @@ class MemoryApi:
         created = metadata(
             meta["name"], meta["namespace"], uid=f"uid-{meta['name']}-{self.version}", created=self.clock()
         )
-        return copy.deepcopy(self.add(body | {"metadata": created | meta}))
+        return self.add(body | {"metadata": created | meta})
 
     async def patch_status(self, kind: Kind, namespace: str, name: str, version: int, status: Raw) -> Raw:
         await self.pause()
@@ -340,7 +341,7 @@ class MemoryApi:
             raise ApiException(status=404, reason="NotFound")
         if raw["metadata"]["resourceVersion"] != str(version):
             raise ApiException(status=409, reason="Conflict")
-        return copy.deepcopy(self.change(kind, namespace, name, {"status": status}))
+        return self.change(kind, namespace, name, {"status": status})
 
     async def patch_metadata(self, kind: Kind, namespace: str, name: str, version: int, metadata: Raw) -> Raw:
         await self.pause()
@@ -353,7 +354,7 @@ class MemoryApi:
         changed = self.change(kind, namespace, name, {"metadata": metadata})
         if "deletionTimestamp" in changed["metadata"] and not changed["metadata"].get("finalizers"):
             self.drop(kind, namespace, name)
-        return copy.deepcopy(changed)
+        return changed
 
     def ask_to_delete(self, kind: Kind, namespace: str, name: str) -> None:
         """As a user deletes: what has a finalizer stays, and says since when it should be gone."""

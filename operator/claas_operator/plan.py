@@ -316,7 +316,9 @@ class _Planner:
             name = version_name(result.lora_uri)
             moved = status.committed(adapter, request, result.lora_uri, name, unended, heir, self.now, sweep_at)
             self.first.append(Commit(adapter=adapter, request=request, heir=heir, status=moved))
-        elif adapter.status.head_seq != parent.head_seq:
+        elif adapter.status.head_seq > parent.head_seq:
+            # And no entry of this request: it can be committed no more. An adapter from before its binding, as a late
+            # watch has it, says nothing about that.
             message = "the head had moved; the result was not used"
             self._retry(request, adapter, is_first, Reason.PENDING, message, request.result_at)
         elif not adapter.active and not adapter.blocked and is_first:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,10 +194,18 @@ MUTATIONS = (
         "Report",
         "tests worker and attempt",
         THE_MODEL,
-        'if raw and (raw["status"].get("worker"), raw["status"].get("attempt")) == (worker.name, attempt):',
+        'if raw and (status.get("worker"), status.get("attempt")) == (worker.name, body["attempt"]):',
         "if raw:",
         often="worker_breaks pods_start leader_turns",
         never="workers_succeed all_goes_well",
+    ),
+    one(
+        "Report",
+        "a result of the current attempt stands",
+        THE_MODEL,
+        '            if (status.get("result") or {}).get("attempt") == body["attempt"]:\n                return\n',
+        "",
+        often="worker_reports_again all_goes_well hears",
     ),
     one(
         "Report",
@@ -234,14 +242,14 @@ MUTATIONS = (
         "Commit",
         "the request is read live",
         (*HEAD_SEQ, (APPLY, LIVE, LIVE.replace("await self._live_request(action.request)", "action.request"))),
-        often=("hears", "all_goes_well", "requests_hang"),
+        often=("hears", "all_goes_well", "watch_hangs"),
         never=("hand_frees",),
     ),
     Mutation(
         "Commit",
         "the request has not ended",
         (*HEAD_SEQ, (APPLY, LIVE, LIVE.replace("if live", f"{ENDED}if live", 1))),
-        often=("hears", "all_goes_well", "requests_hang"),
+        often=("hears", "all_goes_well", "watch_hangs"),
         never=("hand_frees",),
     ),
     Mutation(
@@ -297,7 +305,7 @@ MUTATIONS = (
         PLAN,
         "if result is not None and succeeded(result) and self._is_ours(request, result):",
         "if result is not None and succeeded(result) and not request.cancel and self._is_ours(request, result):",
-        often="user_cancels_too_late",
+        often="user_cancels_late",
     ),
     without_rv("Free", "Free", "ADAPTER"),
     one(
@@ -343,8 +351,16 @@ MUTATIONS = (
         "Retry",
         "also of a result that was refused",
         PLAN,
-        "        elif adapter.status.head_seq != parent.head_seq:\n            message",
-        "        elif False:\n            message",
+        "        elif adapter.status.head_seq > parent.head_seq:\n",
+        "        elif False:\n",
+    ),
+    one(
+        "Retry",
+        "no result is refused by an adapter of before its binding",
+        PLAN,
+        "        elif adapter.status.head_seq > parent.head_seq:\n",
+        "        elif adapter.status.head_seq != parent.head_seq:\n",
+        often="watch_hangs all_goes_well",
     ),
     without_rv("Rollback", "Rollback", "ADAPTER"),
     one(
@@ -410,7 +426,9 @@ MUTATIONS = (
         "an entry stays until its request is Complete",
         STATUS,
         "or old.request_uid in keep] + [entry]",
-        "or False][-1:] + [entry]",
+        "or False][:0] + [entry]",
+        often="call_hangs leader_dies all_goes_well",
+        never="user_rolls_back",  # to what is in no history any more
     ),
     one(
         "A re-created adapter",
@@ -422,7 +440,7 @@ MUTATIONS = (
 )
 
 
-def walks(first: int, last: int, often: list[str], never: list[str]) -> None:
+def walks(last: int, seconds: float, often: list[str], never: list[str]) -> None:
     """The child's part: histories until one breaks. Exit code 1 and what broke, if one does."""
     sys.path.remove(str(MODEL.parent))  # the copy of the model is meant
     from test_model import WEIGHTS, walk
@@ -431,16 +449,16 @@ def walks(first: int, last: int, often: list[str], never: list[str]) -> None:
         WEIGHTS[rule] *= 5
     for rule in never:
         WEIGHTS[rule] = 0
-    end = time.process_time() + LIMIT_SECONDS
-    for seed in range(first, last):
+    for seed in range(last):
         try:
             walk(seed)
         except Exception as error:  # noqa: BLE001 (whatever breaks is what is asked for)
-            print(f"{seed} {type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}")
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"{what}, {time.process_time():.0f} s of CPU")
             sys.exit(1)
-        if time.process_time() > end:
+        if time.process_time() > seconds:
             break
-    print(f"{seed + 1} histories")
+    print(f"{seed + 1} histories, {time.process_time():.0f} s of CPU")
 
 
 def mutated(mutation: Mutation) -> dict[str, str]:
@@ -458,7 +476,7 @@ def mutated(mutation: Mutation) -> dict[str, str]:
     return texts
 
 
-def judge(mutation: Mutation, count: int) -> tuple[bool, str]:
+def judge(mutation: Mutation, count: int, seconds: float) -> tuple[bool, str]:
     """Whether the model finds it, and how."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "claas_operator"
@@ -475,6 +493,8 @@ def judge(mutation: Mutation, count: int) -> tuple[bool, str]:
             "--child",
             "--walks",
             str(count),
+            "--seconds",
+            str(seconds),
             "--often",
             *mutation.often,
             "--never",
@@ -483,7 +503,7 @@ def judge(mutation: Mutation, count: int) -> tuple[bool, str]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1200)
         if done.returncode not in (0, 1) or not done.stdout:
             raise SystemExit(f"{mutation.write}, {mutation.what}: {done.stderr[-2000:]}")
-        return done.returncode == 1, done.stdout.strip().splitlines()[-1][:110]
+        return done.returncode == 1, done.stdout.strip().splitlines()[-1][-160:]
 
 
 def main() -> int:
@@ -491,6 +511,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="mutations whose name has this in it")
     parser.add_argument("--walks", type=int, default=WALKS)
+    parser.add_argument("--seconds", type=float, default=LIMIT_SECONDS, help="of CPU, for one mutation")
     parser.add_argument("--after", type=int, default=0, help="leave the first so many out")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--places", action="store_true", help="only see that the code has every place")
@@ -499,20 +520,26 @@ def main() -> int:
     parser.add_argument("--never", nargs="*", default=[])
     given = parser.parse_args()
     if given.child:
-        walks(0, given.walks, given.often, given.never)
+        walks(given.walks, given.seconds, given.often, given.never)
         return 0
     chosen = [m for m in MUTATIONS if given.only in f"{m.write}: {m.what}"][given.after :]
     if given.places:
         print(f"{len([mutated(mutation) for mutation in chosen])} mutations have their places")
         return 0
-    wrong = 0
+    wrong, begun = 0, time.monotonic()
     with ThreadPoolExecutor(given.jobs) as threads:
-        for mutation, (found, how) in zip(chosen, threads.map(lambda m: judge(m, given.walks), chosen), strict=True):
+        # What is expected to survive takes longest, and goes first.
+        chosen.sort(key=lambda mutation: not mutation.survives)
+        tries = {threads.submit(judge, mutation, given.walks, given.seconds): mutation for mutation in chosen}
+        for count, done in enumerate(as_completed(tries), 1):
+            mutation, (found, how) = tries[done], done.result()
             expected = found != bool(mutation.survives)
             wrong += not expected
             word = "found" if found else "survives" if not expected else f"survives ({mutation.survives})"
-            print(f"{'ok ' if expected else 'BAD'} {mutation.write}: {mutation.what}: {word}: {how}", flush=True)
-    print(f"{len(chosen)} mutations, {wrong} not as expected")
+            so_far = f"{count}/{len(chosen)}, {time.monotonic() - begun:.0f} s"
+            what = f"{mutation.write}: {mutation.what}: {word}: {how}"
+            print(f"{so_far}: {'ok ' if expected else 'BAD'} {what}", flush=True)
+    print(f"{len(chosen)} mutations, {wrong} not as expected, {time.monotonic() - begun:.0f} s")
     return 1 if wrong else 0
 
 

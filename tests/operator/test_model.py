@@ -2,8 +2,9 @@
 
 Hypothesis plays users (who also roll back, delete an adapter with its versions and create it anew, train its versions
 by their uris, and clear a lock by hand), the store, two leaders (either may be stale, or die between any two calls;
-events come late, twice and in any order, and one watch may hang while the others go on), the kubelet, and workers that
-die, wedge, drain, claim what they heard of long ago, report late or go on after their Pod was taken away.
+events come late, twice and in any order, one watch may hang while the others go on, and one call may take long), the
+kubelet, and workers that die, wedge, drain, claim what they heard of long ago, report late or twice, or go on after
+their Pod was taken away.
 After each step the invariants of the architecture hold; and from wherever it got, a calm world ends every request.
 
 `model_mutations.py` takes each precondition of the protocol away, in turn, and sees this model find it.
@@ -65,6 +66,7 @@ NAMES = ("r5", "r2", "r8", "r1", "r6", "r3", "r7", "r4")
 MAX_REQUESTS = len(NAMES)
 CALM_ROUNDS = 400
 OUTCOMES = ("Succeeded", "Succeeded", "Succeeded", "NoSignal", "Failed", "Retryable")
+HANGING = (Kind.REQUEST, Kind.REQUEST, Kind.REQUEST, Kind.ADAPTER, Kind.LEASE, Kind.POD, Kind.JOB)
 BREAKS = ("Failed", "Succeeded", "gone", "wedged", "immortal")
 
 
@@ -75,8 +77,9 @@ class Leader:
     snapshot: Snapshot
     apply: Apply
     heard: int
-    hangs: bool = False  # the watch of requests (each kind has its own), whose events are late
+    hangs: Kind | None = None  # the watch (each kind has its own) whose events are late
     late: list[tuple[Kind, str, Raw]] = field(default_factory=list)
+    waits: str = ""  # for the answer to one call, of the action with that key
     doing: dict[str, tuple[Action, Coroutine[Any, Any, None]]] = field(default_factory=dict)
 
 
@@ -91,6 +94,7 @@ class WorkerProcess:
     state: str = "Starting"
     running: set[str] = field(default_factory=set)
     training: dict[str, tuple[int, str, str]] = field(default_factory=dict)  # uid -> attempt, parent uri, adapter uid
+    reported: dict[str, int] = field(default_factory=dict)  # uid -> attempt
     inbox: dict[str, Raw] = field(default_factory=dict)  # what its watch told it last, which may be long ago
 
 
@@ -121,8 +125,10 @@ class ControlPlaneModel(RuleBasedStateMachine):
         self.been: dict[str, set[str]] = {}  # adapter uid -> every head that it had
         self.parents: dict[str, str] = {}  # version -> the version that it was trained from
         self.attempts: dict[str, int] = {}  # by request
+        self.succeeded: dict[str, Raw] = {}  # request uid -> its status, while it has a success of its attempt
         self.ends: dict[str, str] = {}  # how each request ended
         self.held_by: dict[str, str] = {}  # adapter uid -> the request that holds it
+        self.asked: dict[str, tuple[str, bool]] = {}  # adapter uid -> spec.rollbackTo, whether it could be had by then
         self.leaders = [self.leader(), self.leader()]
 
     # What happens
@@ -136,21 +142,27 @@ class ControlPlaneModel(RuleBasedStateMachine):
         apply = Apply(self.api, snapshot, self.settings, lambda: True, lambda: self.now)  # type: ignore[arg-type]
         return Leader(snapshot, apply, len(self.api.log))
 
-    @initialize(begun=st.booleans(), late=st.booleans(), held=st.booleans(), behind=st.booleans())
-    def adapters(self, begun: bool, late: bool, held: bool, behind: bool) -> None:
-        """An empty world, or one with work on its way: perhaps one leader's requests lag behind its adapters, or have
-        done so since the first result, or the one that holds an adapter would not be the first now."""
+    @initialize(
+        begun=st.booleans(),
+        late=st.sampled_from((None, *HANGING)),
+        held=st.booleans(),
+        behind=st.booleans(),
+        backoff=st.sampled_from([0, 10]),
+    )
+    def adapters(self, begun: bool, late: Kind | None, held: bool, behind: bool, backoff: int = 10) -> None:
+        """An empty world, or one with work on its way: perhaps one watch of a leader lags behind the others, or its
+        requests have done so since the first result, or the one that holds an adapter would not be the first now."""
         self.api.add(adapter(ADAPTERS[0], spec=SPECS[ADAPTERS[0]]))
         self.api.add(adapter(ADAPTERS[1], head=0, spec=SPECS[ADAPTERS[1]]))
         if begun:
-            self.user_creates(ADAPTERS[0], 10)
+            self.user_creates(ADAPTERS[0], backoff)
             self.hears(1, len(self.api.log), again=False)
             if held:
                 self.leader_turns(0)
                 self.pods_start()
                 self.leader_turns(0)
             for on in ADAPTERS:
-                self.user_creates(on, 10)
+                self.user_creates(on, backoff)
             self.leader_turns(0)
             self.pods_start()
             self.leader_turns(0)
@@ -158,7 +170,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
                 self.workers_claim()
                 self.workers_succeed()
                 self.hears(1, len(self.api.log), again=False)
-                self.leaders[1].hangs = True
+                self.leaders[1].hangs = Kind.REQUEST
                 for _ in range(2):
                     self.all_goes_well(0)
             else:
@@ -190,12 +202,14 @@ class ControlPlaneModel(RuleBasedStateMachine):
             patch = {"spec": {"cancel": True}, "metadata": {"generation": generation}}
             self.api.change(Kind.REQUEST, TEAM, name, patch)
 
-    @rule()
-    def user_cancels_too_late(self) -> None:
-        """What has a result already."""
+    @rule(runs=st.booleans())
+    def user_cancels_late(self, runs: bool) -> None:
+        """What is claimed and runs; or too late, what has a result already."""
         for i in range(self.made):
             raw = self.api.objects.get((Kind.REQUEST, TEAM, NAMES[i]))
-            if raw and raw["status"].get("result") and not ended(raw) and not raw["spec"].get("cancel"):
+            if raw is None or ended(raw) or raw["spec"].get("cancel"):
+                continue
+            if bool(raw["status"].get("claim")) and bool(raw["status"].get("result")) != runs:
                 return self.user_cancels(i)
 
     @rule(i=st.integers(0, MAX_REQUESTS))
@@ -273,8 +287,8 @@ class ControlPlaneModel(RuleBasedStateMachine):
             random.Random(order).shuffle(events)
         events, leader.late = [*leader.late, *events], []
         if leader.hangs:
-            leader.late = [event for event in events if event[0] is Kind.REQUEST]
-            events = [event for event in events if event[0] is not Kind.REQUEST]
+            leader.late = [event for event in events if event[0] is leader.hangs]
+            events = [event for event in events if event[0] is not leader.hangs]
         for kind, how, raw in events:
             if how == "DELETED":
                 leader.snapshot.remove(kind, raw["metadata"]["uid"], self.now)
@@ -282,10 +296,17 @@ class ControlPlaneModel(RuleBasedStateMachine):
                 leader.snapshot.put(kind, raw, self.now)
         leader.heard = min(len(self.api.log), leader.heard + count)
 
-    @rule(who=st.integers(0, 1))
-    def requests_hang(self, who: int) -> None:
+    @rule(who=st.integers(0, 1), kind=st.sampled_from(HANGING))
+    def watch_hangs(self, who: int, kind: Kind) -> None:
         """A watch tells nothing any more, though the others do; or what it has kept back."""
-        self.leaders[who].hangs = not self.leaders[who].hangs
+        leader = self.leaders[who]
+        leader.hangs = None if leader.hangs is kind else kind
+
+    @rule(who=st.integers(0, 1), which=st.integers(0, 10))
+    def call_hangs(self, who: int, which: int) -> None:
+        """The API server takes long to answer one call, though it answers the others; or answers at last."""
+        leader = self.leaders[who]
+        leader.waits = "" if leader.waits or not leader.doing else sorted(leader.doing)[which % len(leader.doing)]
 
     @rule(who=st.integers(0, 1), first=st.integers(0, 3))
     def plans(self, who: int, first: int) -> None:
@@ -302,8 +323,8 @@ class ControlPlaneModel(RuleBasedStateMachine):
     def acts(self, who: int, which: int, calls: int) -> None:
         """One action goes on by some calls to the API server."""
         leader = self.leaders[who]
-        if leader.doing:
-            key = sorted(leader.doing)[which % len(leader.doing)]
+        if goes_on := sorted(leader.doing.keys() - {leader.waits}):
+            key = goes_on[which % len(goes_on)]
             for _ in range(calls):
                 if not self.step(leader, key):
                     break
@@ -311,7 +332,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1))
     def acts_on_all(self, who: int) -> None:
         leader = self.leaders[who]
-        for key in sorted(leader.doing):
+        for key in sorted(leader.doing.keys() - {leader.waits}):
             while self.step(leader, key):
                 pass
 
@@ -558,10 +579,29 @@ class ControlPlaneModel(RuleBasedStateMachine):
             self.parents[uri] = parent
             self.there.add(uri)
             body |= {"loraUri": uri, "metadata": NUMBERS}
-        if raw and (raw["status"].get("worker"), raw["status"].get("attempt")) == (worker.name, attempt):
-            self.api.change(Kind.REQUEST, TEAM, raw["metadata"]["name"], {"status": {"result": body}})
+        self.write_result(worker, raw, body)
+        worker.reported[uid] = attempt
         worker.running.discard(uid)
         self.show(worker)
+
+    def write_result(self, worker: WorkerProcess, raw: Raw | None, body: Raw) -> None:
+        """If it is bound here, in this attempt, and has no result of it: what was recorded stands."""
+        status = raw["status"] if raw else {}
+        if raw and (status.get("worker"), status.get("attempt")) == (worker.name, body["attempt"]):
+            if (status.get("result") or {}).get("attempt") == body["attempt"]:
+                return
+            self.api.change(Kind.REQUEST, TEAM, raw["metadata"]["name"], {"status": {"result": body}})
+
+    @rule(i=st.integers(0, 5), which=st.integers(0, 5), outcome=st.sampled_from(("Failed", "Retryable", "NoSignal")))
+    def worker_reports_again(self, i: int, which: int, outcome: str) -> None:
+        """Of what it has reported it says something else."""
+        worker = self.pick(i)
+        if worker is None or not worker.reported:
+            return
+        uid = sorted(worker.reported)[which % len(worker.reported)]
+        raw = next((r for r in self.requests() if r["metadata"]["uid"] == uid), None)
+        body = {"attempt": worker.reported[uid], "outcome": outcome, "reason": outcome, "at": format_time(self.now)}
+        self.write_result(worker, raw, body)
 
     @rule(i=st.integers(0, 5))
     def worker_drains(self, i: int) -> None:
@@ -632,6 +672,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
             if kind is Kind.ADAPTER and how != "DELETED":
                 self.check_head(raw["metadata"]["uid"], status)
                 self.check_lock(raw, status)
+                self.check_rollback(raw, status)
             elif kind is Kind.REQUEST and how != "DELETED":
                 self.check_request(raw, status)
         self.checked = len(self.api.log)
@@ -644,6 +685,18 @@ class ControlPlaneModel(RuleBasedStateMachine):
         if holder and holder != self.held_by.get(uid, ""):
             assert not waits, f"{holder} got an adapter for which a deletion or a rollback waits"
         self.held_by[uid] = holder
+
+    def check_rollback(self, raw: Raw, status: Raw) -> None:
+        """What a rollback asks for while it can be had, the head goes back to; and a head is never collected."""
+        uid, asked, collecting = raw["metadata"]["uid"], raw["spec"].get("rollbackTo") or "", status.get("collecting")
+        assert status.get("version") not in (collecting or []), "the head is being collected"
+        known = asked in {entry["version"] for entry in status.get("history") or []} - {*(collecting or [])}
+        if asked != self.asked.get(uid, ("", False))[0]:
+            self.asked[uid] = (asked, known)
+        elif asked and asked == status.get("rollbackAnswered", "") and self.asked[uid][1]:
+            refused = [c["reason"] for c in status["conditions"] if c["type"] == "RolledBack" and c["status"] != "True"]
+            assert not refused, f"a rollback was refused that could be had when it was asked for: {refused}"
+            self.asked[uid] = (asked, False)  # answered
 
     def check_request(self, raw: Raw, status: Raw) -> None:
         """Attempts only grow; a request ends once, Complete only after its head has moved, and else never moves one."""
@@ -661,6 +714,12 @@ class ControlPlaneModel(RuleBasedStateMachine):
             assert uid in self.moved_by, "Complete before the head moved"
         gone = status.get("reason") == Reason.ADAPTER_GONE  # with the head that it had moved
         assert end != "Failed" or gone or uid not in self.moved_by, f"{uid} has moved a head and failed"
+        before = self.succeeded.pop(uid, None)
+        if before and not gone and (end == "Failed" or attempt != before["attempt"] or not result):
+            head = self.heads.get(before["parent"].get("adapterUid", ""), (0, ""))[0]
+            assert head > before["parent"].get("headSeq", 0), f"a success of {uid} was thrown away"
+        if not end and (result or {}).get("outcome") in ("Succeeded", "NoSignal"):
+            self.succeeded[uid] = status
 
     def check_head(self, uid: str, status: Raw) -> None:
         seq, uri = status.get("headSeq", 0), status.get("uri", "")
@@ -762,7 +821,8 @@ WEIGHTS: dict[str, float] = {
     "leader_turns": 6,
     "all_goes_well": 0.3,
     "hears": 8,
-    "requests_hang": 3,
+    "watch_hangs": 4,
+    "call_hangs": 2,
     "plans": 10,
     "acts": 16,
     "acts_on_all": 4,
@@ -775,13 +835,14 @@ WEIGHTS: dict[str, float] = {
     "worker_claims": 6,
     "workers_claim": 4,
     "worker_reports": 6,
+    "worker_reports_again": 2,
     "workers_succeed": 3,
     "worker_drains": 1,
     "worker_breaks": 3,
     "time_passes": 6,
     "user_creates": 4,
     "user_cancels": 2,
-    "user_cancels_too_late": 1,
+    "user_cancels_late": 2,
     "user_deletes": 2,
     "user_recreates_adapter": 1,
     "user_has_the_version": 2,
@@ -795,7 +856,11 @@ def walk(seed: int) -> list[str]:
     dice = random.Random(seed)
     model = ControlPlaneModel()
     model.adapters(
-        begun=dice.random() < 0.8, late=dice.random() < 0.3, held=dice.random() < 0.3, behind=dice.random() < 0.1
+        begun=dice.random() < 0.8,
+        late=dice.choice(HANGING) if dice.random() < 0.5 else None,
+        held=dice.random() < 0.3,
+        behind=dice.random() < 0.1,
+        backoff=dice.choice([0, 10, 10]),
     )
     one = ADAPTERS[0]
     targets = dice.choice([[one], [one], [one, one, ""], [*ADAPTERS, ""]])  # on one adapter, more goes wrong
@@ -809,7 +874,8 @@ def walk(seed: int) -> list[str]:
             "again": dice.random() < 0.3,
             "order": dice.choice([0, 0, 7, 8]),
         },
-        "requests_hang": lambda: {"who": dice.randrange(2)},
+        "watch_hangs": lambda: {"who": dice.randrange(2), "kind": dice.choice(HANGING)},
+        "call_hangs": lambda: {"who": dice.randrange(2), "which": dice.randrange(10)},
         "plans": lambda: {"who": dice.randrange(2), "first": dice.choice([0, 0, 1, 2, 3])},
         "acts": lambda: {"who": dice.randrange(2), "which": dice.randrange(10), "calls": dice.randint(1, 4)},
         "acts_on_all": lambda: {"who": dice.randrange(2)},
@@ -826,6 +892,11 @@ def walk(seed: int) -> list[str]:
             "which": dice.randrange(6),
             "outcome": dice.choice(OUTCOMES),
         },
+        "worker_reports_again": lambda: {
+            "i": dice.randrange(6),
+            "which": dice.randrange(6),
+            "outcome": dice.choice(["Failed", "Retryable", "NoSignal"]),
+        },
         "worker_drains": lambda: {"i": dice.randrange(6)},
         "worker_breaks": lambda: {"i": dice.randrange(6), "how": dice.choice(BREAKS)},
         "time_passes": lambda: {"seconds": dice.choice([0.5, 0.5, 5, 20, 40])},
@@ -835,6 +906,7 @@ def walk(seed: int) -> list[str]:
             "of": dice.randrange(10),
         },
         "user_cancels": lambda: {"i": dice.randrange(MAX_REQUESTS)},
+        "user_cancels_late": lambda: {"runs": dice.random() < 0.5},
         "user_deletes": lambda: {"i": dice.randrange(MAX_REQUESTS)},
         "user_recreates_adapter": lambda: {"name": dice.choice(ADAPTERS), "ready": dice.random() < 0.5},
         "user_has_the_version": lambda: {"name": dice.choice(ADAPTERS)},
