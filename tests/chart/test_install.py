@@ -16,9 +16,14 @@ import pytest
 
 from chart.rendering import CHART, VARIANTS, Helm, Object, pod_templates
 from claas_crds import names
+from claas_crds.reasons import Outcome
+from claas_crds.request import Metadata, Result
+from claas_worker.api import Lost, Requests
+from claas_worker.job import Bound
 from cluster import programs
 from cluster.controlplane import ControlPlane
 from kubectl import Kubectl
+from operatorkit import NUMBERS
 
 pytestmark = pytest.mark.controlplane
 
@@ -239,6 +244,42 @@ def test_a_worker_writes_claim_progress_and_result_of_its_own_requests(kubectl: 
     assert after["claim"]["worker"] == after["worker"] == mine.name
     assert after["result"]["reason"] == "InternalError"
     assert "progress" not in patch(mine.client, name, {"progress": None})["status"]
+
+
+@pytest.mark.parametrize("later", [{"outcome": "Failed", "reason": "InternalError"}, {"message": "more"}, None])
+def test_a_result_stands_until_the_operator_binds_anew(
+    kubectl: Kubectl, workers: list[Worker], later: Object | None
+) -> None:
+    """Between the operator's look at a success and the commit of it nothing else may be reported."""
+    mine, _ = workers
+    name = request_bound_to(kubectl, mine.name)
+    success = {"attempt": 1, "outcome": "Succeeded", "reason": "", "at": NOW, "loraUri": "s3://adapters/default/a-1/"}
+    patch(mine.client, name, claim(mine.name) | {"result": success})
+    said = refused(patch, mine.client, name, {"result": later and success | later})
+    assert "a result of the current attempt stands" in said
+    after = patch(mine.client, name, {"result": success, **PROGRESS})["status"]
+    assert (after["result"]["outcome"], after["progress"]["phase"]) == ("Succeeded", "Loading"), "the same is no other"
+    write_status(kubectl, name, "merge", {"status": {"attempt": 2, "claim": None, "result": None}})
+    patch(mine.client, name, {"result": success | {"attempt": 2}})
+
+
+def test_a_report_is_repeated_after_a_lost_answer_and_never_contradicted(
+    kubectl: Kubectl, workers: list[Worker]
+) -> None:
+    mine, _ = workers
+    name = request_bound_to(kubectl, mine.name)
+    requests = Requests(mine.client, mine.name)
+    bound = requests.claim(Bound.of(kubectl.get("dr", name, "-n", "default")))
+    numbers = Metadata.model_validate(NUMBERS | {"totalLoss": 1 / 3, "gradNorm": 1e-7, "meanIsRatio": 1.0})
+    uri = "s3://adapters/default/a-1/"
+    result = Result(attempt=1, outcome=Outcome.SUCCEEDED, reason="", at=NOW, lora_uri=uri, metadata=numbers, gpu_ms=7)
+    requests.report(bound, result)
+    version = kubectl.get("dr", name, "-n", "default")["metadata"]["resourceVersion"]
+    requests.report(bound, result)
+    with pytest.raises(Lost, match="a result of this attempt is there"):
+        requests.report(bound, result.model_copy(update={"outcome": Outcome.FAILED}))
+    after = kubectl.get("dr", name, "-n", "default")
+    assert (after["metadata"]["resourceVersion"], after["status"]["result"]["outcome"]) == (version, "Succeeded")
 
 
 @pytest.mark.parametrize(

@@ -223,10 +223,11 @@ class Requests:
         )
 
     def report(self, request: Bound, result: Result) -> None:
-        """Writes status.result.
+        """Writes status.result. Safe to repeat: the same result once more changes nothing.
 
         Raises:
-            Lost: another attempt is bound, or the request is gone: the result is nobody's any more.
+            Lost: another attempt is bound, or the request is gone: the result is nobody's any more. Or another result
+                of this attempt is there, which stands.
             Unreachable: not within REPORT_LIMIT_SECONDS.
         """
 
@@ -240,6 +241,8 @@ class Requests:
             live = self.get(request)  # raises Lost where it is gone
             if live.worker != self.worker or live.attempt != request.attempt:
                 raise Lost(f"HTTP {error.status}") from error
+            if live.reported:
+                raise Lost(f"HTTP {error.status}, a result of this attempt is there") from error
             # Still ours, so it is the result itself that is refused. Without any, the request would hang.
             log.error("result refused", extra={"uid": request.uid, "code": error.status})
             plain = Result(
