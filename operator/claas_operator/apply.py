@@ -309,6 +309,8 @@ class Apply:
         if not holds:
             raise Lost("the worker's Lease says otherwise by now")
         await self._delete(Kind.POD, pod, grace_seconds=0 if action.fault is Fault.STUCK else None)
+        if action.fault is Fault.STUCK and pod.uid in self._snapshot.pods:
+            raise Lost("the Pod is still there: somebody's finalizer holds it")
 
     async def _delete(self, kind: Kind, entry: Entry, grace_seconds: int | None = None) -> None:
         self._may_write()

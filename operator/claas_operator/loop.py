@@ -29,6 +29,7 @@ from claas_operator.settings import Settings
 from claas_operator.snapshot import Entry, Kind, Snapshot
 from claas_operator.teacher import TeacherProbe
 from claas_operator.territory import EVERY, Territory, survey
+from claas_operator.workers import doubled
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,10 @@ class Loop:
             timeout = self.settings.timings.relist_seconds
             if not self._acting():
                 continue
+            cooling = {key: cooled.until for key, cooled in self._cooling.items() if cooled.until > started}
+            if cooling:
+                timeout = min(timeout, min(cooling.values()) - started)
+            self.snapshot.cooling = cooling.keys()
             with self._metrics.reconcile_seconds.time():
                 made = plan(self.snapshot, self.settings, datetime.now(UTC))
             if made.teacher_wanted:
@@ -203,7 +208,7 @@ class Loop:
         """Not the same object again at once: a first loss may be decided anew, for the snapshot has learnt from it."""
         before = self._cooling.get(action.key)
         failures = before.failures + 1 if before else 1
-        wait = 0.0 if at_once and failures == 1 else min(COOL_CAP_SECONDS, COOL_BASE_SECONDS * 2.0 ** (failures - 1))
+        wait = 0.0 if at_once and failures == 1 else doubled(COOL_BASE_SECONDS, COOL_CAP_SECONDS, failures)
         self._cooling[action.key] = _Cooling(failures, asyncio.get_running_loop().time() + max(wait, after))
 
     def _done(self, action: Action, task: asyncio.Task[None]) -> None:
@@ -225,7 +230,7 @@ class Loop:
             except FAILURES as error:
                 failures += 1
                 log.warning("relist failed", extra={"error": describe(error)})
-                await asyncio.sleep(min(COOL_CAP_SECONDS, COOL_BASE_SECONDS * 2.0**failures))
+                await asyncio.sleep(doubled(COOL_BASE_SECONDS, COOL_CAP_SECONDS, failures + 1))
                 continue
             failures = 0
             with contextlib.suppress(TimeoutError):

@@ -2,7 +2,8 @@
 
 It may be run at any moment, on any snapshot, by any number of leaders at once: each action carries the precondition
 under which it is right (the table of the protocol), and `apply` drops what has become wrong. The order of the actions
-is deterministic: what ends work first, then what starts work in fair order, then what only tells.
+is deterministic: what workers have done first, then what starts work in fair order, then what a crowd may ask for,
+namespaces in turn: to end, to be created, to be deleted, and last to be told.
 
 Reads top to bottom: one request, then who gets a worker, then adapters and Pods.
 """
@@ -10,12 +11,14 @@ Reads top to bottom: one request, then who gets a worker, then adapters and Pods
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, TypeVar
 
 from claas_crds.reasons import ConditionType, Outcome, Reason, describe
 from claas_crds.request import Parent, Result
@@ -44,12 +47,13 @@ from claas_operator.workers import Demand, Fleet, Scope, backoff, fences, lost, 
 from claas_store.errors import StoreError, UriInvalid
 from claas_store.uris import is_beside, parent_folder, version_name
 
-# A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.
-FRESH_PROBES: Final = 5
 # One plan ends and deletes at most so many each: the loop writes no more at a time, and building ten thousand patches
 # would hold up whoever waits for a worker. Fewer at a time only tell: nobody's step may wait behind them.
 MAX_PER_PLAN: Final = 64
 MAX_TELLING: Final = 8
+_MOST: Final[Mapping[type[Action], int]] = {End: MAX_PER_PLAN, DeleteRequest: MAX_PER_PLAN, Say: MAX_TELLING}
+# A look at the teacher counts for so many probe periods; an older one is taken again before anything is bound.
+FRESH_PROBES: Final = 5
 # Of an adapter or a bare request that no waiting can mend: the request ends.
 _LASTING: Final = (Reason.UNKNOWN_POOL, Reason.BASE_MODEL_MISMATCH, Reason.STORAGE_DENIED)
 
@@ -97,6 +101,20 @@ class _Quota:
     last: tuple[datetime, str, str] | None = None
 
 
+T = TypeVar("T")
+
+
+def in_turn(crowds: Mapping[str, Sequence[T]]) -> Iterator[T]:
+    """The first of each crowd, then the second of each, and so on; the smaller crowd's before the larger one's."""
+    waiting = deque(iter(crowd) for crowd in sorted(crowds.values(), key=len))
+    while waiting:
+        crowd = waiting.popleft()
+        for one in crowd:
+            yield one
+            waiting.append(crowd)
+            break
+
+
 def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Plan:
     """What to do about `snapshot` at `now`."""
     return _Planner(snapshot, settings, now).run()
@@ -107,23 +125,23 @@ class _Planner:
     snapshot: Snapshot
     settings: Settings
     now: datetime
-    first: list[Action] = field(default_factory=list)  # what ends work
-    then: list[Action] = field(default_factory=list)  # what starts work
-    last: list[Action] = field(default_factory=list)  # what only tells, and what can wait
+    first: list[Action] = field(default_factory=list)  # what workers have done
+    then: list[Action] = field(default_factory=list)  # what starts work: never more than there are workers for
+    last: list[Action] = field(default_factory=list)  # what only tells of what runs
+    # By what is done and by namespace: those it is to be done to, with what makes the action.
+    crowds: dict[type[Action], dict[str, list[tuple[Request, Callable[[], Action]]]]] = field(
+        default_factory=lambda: {kind: defaultdict(list) for kind in _MOST}
+    )
     wants: list[_Want] = field(default_factory=list)
     unplaced: list[_Want] = field(default_factory=list)
     demands: dict[Scope, Demand] = field(default_factory=lambda: defaultdict(Demand))
     refusals: dict[str, tuple[Reason, str] | None] = field(default_factory=dict)
     quotas: dict[str, _Quota] = field(default_factory=dict)
-    left: Counter[type[Action]] = field(
-        default_factory=lambda: Counter({End: MAX_PER_PLAN, DeleteRequest: MAX_PER_PLAN, Say: MAX_TELLING})
-    )
     wake_at: datetime | None = None
     teacher_wanted: bool = False
     skipped: list[tuple[Entry, Exception]] = field(default_factory=list)
 
     def run(self) -> Plan:
-        self.left[Say] -= sum(isinstance(action, Say) for action in self.snapshot.in_flight.values())
         fleet = survey(self.snapshot, self.settings, self.now, self.wake)
         # More than these could not run, whatever is decided.
         places = sum(worker.slots for workers in fleet.ready.values() for worker in workers if worker.slots > 0)
@@ -143,6 +161,7 @@ class _Planner:
         self._say_no_capacity(fleet)
         operations = Registry(self.snapshot.jobs.values(), self.snapshot.pods.values())
         references = References(self.snapshot.named, self.settings)
+        on_adapters = defaultdict[str, list[Action]](list)
         for adapter in self.snapshot.adapters.values():
             if adapter.uid in self.snapshot.in_flight or not self.snapshot.serves(adapter.namespace):
                 continue
@@ -150,9 +169,10 @@ class _Planner:
                 if self._rests(adapter):
                     continue
                 desk = operations.desk(adapter, self.snapshot, self.settings, self.now, self.wake)
-                self.first += plan_adapter(desk, references)
-        self.first += fences(self.snapshot, self.settings, self.now, self.wake)
-        actions = [a for a in (*self.first, *self.then, *self.last) if a.key not in self.snapshot.in_flight]
+                on_adapters[adapter.namespace] += plan_adapter(desk, references)
+        self.then += fences(self.snapshot, self.settings, self.now, self.wake)
+        crowd = (*self._some(End), *in_turn(on_adapters), *self._some(DeleteRequest), *self._some(Say))
+        actions = [a for a in (*self.first, *self.then, *crowd, *self.last) if a.key not in self.snapshot.in_flight]
         return Plan(actions, self.wake_at, self.teacher_wanted, self.skipped)
 
     def _rests(self, adapter: Adapter) -> bool:
@@ -209,7 +229,7 @@ class _Planner:
         for request in queue:
             if request.says == Reason.ADAPTER_BUSY or request.uid in but:
                 continue
-            if self.left[Say] <= 0 or not self._due(request.created + self._delay):
+            if self._is_full(Say, request) or not self._due(request.created + self._delay):
                 break  # the younger ones have not waited for long either
             if request.uid not in self.snapshot.in_flight:
                 self._say(request, Reason.ADAPTER_BUSY, describe(Reason.ADAPTER_BUSY))
@@ -239,8 +259,13 @@ class _Planner:
         """So many requests have no worker; with those behind them, there are so many steps to make."""
         demand = self.demands[scope]
         demand.requests += requests
-        demand.work_seconds += steps * self.snapshot.usage.typical_ms(self.now) / 1000
+        demand.work_seconds += steps * self._typical_ms / 1000
         return demand
+
+    @functools.cached_property
+    def _typical_ms(self) -> float:
+        """What a request costs; the sum over all namespaces is made once."""
+        return self.snapshot.usage.typical_ms(self.now)
 
     # One request
 
@@ -344,13 +369,12 @@ class _Planner:
     def _end(
         self, request: Request, reason: str, message: str, *, lost: bool = False, adapter_gone: bool = False
     ) -> None:
-        if not self._takes(End):
-            return
-        patch = status.ended(request, reason, message, self.now)
-        note = None if reason == Reason.CANCELLED else Note(request, reason, message)
-        self.first.append(
-            End(request=request, reason=reason, status=patch, lost=lost, adapter_gone=adapter_gone, note=note)
-        )
+        def end() -> End:
+            patch = status.ended(request, reason, message, self.now)
+            note = None if reason == Reason.CANCELLED else Note(request, reason, message)
+            return End(request=request, reason=reason, status=patch, lost=lost, adapter_gone=adapter_gone, note=note)
+
+        self._join(End, request, end)
 
     def _claimed(self, request: Request, adapter: Adapter | None, is_first: bool) -> None:
         if self._uses_teacher(request):
@@ -527,19 +551,34 @@ class _Planner:
 
     def _say(self, request: Request, reason: str, message: str, since: datetime | None = None) -> None:
         """It waits. Short waits are not worth a write."""
+        if self._is_full(Say, request):
+            return
         known = Reason(reason) if reason in _REASONS else Reason.PENDING
         begun = max(request.created, since) if since else request.created
         in_passing = {request.says, known} <= _PASSING and message == describe(known)
         delay = self._delay * (PASSING_FACTOR if in_passing else 1)
-        if not status.says(request, known, message) and self._due(begun + delay) and self._takes(Say):
-            self.last.append(Say(request=request, status=status.pending(request, known, message, self.now)))
+        if not status.says(request, known, message) and self._due(begun + delay):
+            say = functools.partial(status.pending, request, known, message, self.now)
+            self._join(Say, request, lambda: Say(request=request, status=say()))
 
-    def _takes(self, kind: type[Action]) -> bool:
-        """Whether this plan has room for one more of what there may be thousands of; the next plan takes the rest."""
-        if self.left[kind] <= 0:
-            return False
-        self.left[kind] -= 1
-        return True
+    # What there may be thousands of: a plan takes some of each namespace, the next one takes the rest
+
+    def _is_full(self, kind: type[Action], request: Request) -> bool:
+        """Whether more of the request's namespace would not be taken now."""
+        return len(self.crowds[kind][request.namespace]) >= _MOST[kind]
+
+    def _join(self, kind: type[Action], request: Request, make: Callable[[], Action]) -> None:
+        if request.uid not in self.snapshot.cooling and not self._is_full(kind, request):
+            self.crowds[kind][request.namespace].append((request, make))
+
+    def _some(self, kind: type[Action]) -> Iterator[Action]:
+        """As many as there is room for, whoever has the crowd."""
+        room = _MOST[kind]
+        if kind is Say:
+            room -= sum(isinstance(action, Say) for action in self.snapshot.in_flight.values())
+        for request, make in itertools.islice(in_turn(self.crowds[kind]), max(0, room)):
+            with self._apart(request):
+                yield make()
 
     def _expire(self) -> None:
         """Times to live that have passed. Where a quota counts what was used, a request stays for its day."""
@@ -550,8 +589,8 @@ class _Planner:
             if request.used_ms and self.settings.tenant(request.namespace).max_gpu_seconds_per_day:
                 at = day_after(request.used_at)
             ours = self.snapshot.serves(request.namespace) and uid not in self.snapshot.in_flight
-            if ours and self._due(at) and self._takes(DeleteRequest):
-                self.last.append(DeleteRequest(request=request))
+            if ours and self._due(at):
+                self._join(DeleteRequest, request, functools.partial(DeleteRequest, request=request))
 
     # Quotas
 
@@ -573,12 +612,20 @@ class _Planner:
             what = f"the namespace has used {used:.0f} of {seconds:.0f} GPU-seconds in the last 24 hours"
             quota.used_up = (what, f"the next request may begin at {frees_at:%Y-%m-%dT%H:%M:%SZ}")
         if limit := tenant.max_pending_requests:
-            orders = [r.order for line, queue in self.snapshot.queues.items() if line[0] == namespace for r in queue]
+            orders = [request.order for queue in self._queues_of[namespace] for request in queue]
             if len(orders) > limit:
                 quota.last = sorted(orders)[limit - 1]
                 what = f"the namespace has {len(orders)} requests that have not ended, and its limit is {limit}"
                 quota.too_many = (what, "the oldest go first, this one when so many of them have ended")
         return quota
+
+    @functools.cached_property
+    def _queues_of(self) -> dict[str, list[list[Request]]]:
+        """The queues of each namespace."""
+        found = defaultdict[str, list[list[Request]]](list)
+        for (namespace, _), queue in self.snapshot.queues.items():
+            found[namespace].append(queue)
+        return found
 
     def _say_quota(self, request: Request, over: tuple[str, str]) -> None:
         """Told again only when the time has changed: the numbers do so all the time."""
@@ -595,7 +642,7 @@ class _Planner:
         line: dict[str, list[_Want]] = defaultdict(list)
         for want in sorted(self.wants, key=lambda want: (-want.request.priority, want.request.order), reverse=True):
             line[want.request.namespace].append(want)  # the next is the last: popped from the end
-        cost = self.snapshot.usage.typical_ms(self.now)
+        cost = self._typical_ms
         used = shares(line, self.snapshot.usage, self._holders(), self.now, cost)
         weights = {namespace: self.settings.tenant(namespace).weight for namespace in line}
         turns = [(used[namespace] / weights[namespace], namespace) for namespace in line]

@@ -6,6 +6,7 @@ The chart renders it into a ConfigMap; an error names the key and is seen at sta
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,7 +31,12 @@ class SettingsError(ValueError):
 class _Part(BaseModel):
     # hide_input: a template's environment may hold what nobody should read in a log.
     model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, hide_input_in_errors=True
+        alias_generator=to_camel,
+        populate_by_name=True,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
 
@@ -215,7 +221,12 @@ class Settings(_Part):
 
     def tenant(self, namespace: str) -> Tenant:
         """What `namespace` may have: by its own entry, or by the one for all."""
-        return tenant_of(self.tenants, namespace)
+        own = self._tenants
+        return own.get(namespace) or own.get("*", _ANYBODY)
+
+    @cached_property
+    def _tenants(self) -> dict[str, Tenant]:
+        return {tenant.namespace: tenant for tenant in self.tenants}
 
     def prefixes(self, namespace: str) -> list[str]:
         """The storage prefixes of `namespace`."""

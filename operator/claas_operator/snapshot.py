@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -141,8 +141,10 @@ class Request(Entry):
 
     @property
     def expires_at(self) -> datetime | None:
-        """When its time to live is over."""
-        return self.ended_at + self.ttl if self.ended_at is not None and self.ttl is not None else None
+        """When its time to live is over; None: never, or it was deleted and only somebody's finalizer keeps it."""
+        if self.ended_at is None or self.ttl is None or self.deleting is not None:
+            return None
+        return self.ended_at + self.ttl
 
     @property
     def order(self) -> tuple[datetime, str, str]:
@@ -279,6 +281,8 @@ class Snapshot:
     owner_uid: str | None = None
     # Actions that are being applied, by their key: `plan` leaves what they touch alone and counts what they take.
     in_flight: dict[str, Any] = field(default_factory=dict)
+    # Keys of actions that failed and are not tried again yet: `plan` gives their room to others.
+    cooling: Set[str] = frozenset()
     # Names that an API server refused as taken by somebody else's Job, as the highest counter per name's stem.
     taken_counters: dict[tuple[str, str], int] = field(default_factory=dict)
     # Uids of adapters whose operations' namespace is being deleted with them: the API server takes no Job there.
@@ -340,7 +344,10 @@ class Snapshot:
         if known is not None:
             self._unindex(known)
         table[uid] = entry
-        self._by_name[kind, entry.namespace, entry.name] = uid
+        name = (kind, entry.namespace, entry.name)
+        # Late news of a deleted namesake does not hide who has the name by now.
+        if (namesake := table.get(self._by_name.get(name, ""))) is None or namesake.version <= version:
+            self._by_name[name] = uid
         self._index(entry, now)
         return entry
 
@@ -547,7 +554,7 @@ def _request(raw: Raw, common: dict[str, Any], now: datetime, known: Request | N
         waits=not (status.worker or from_spec["cancel"] or from_spec["problem"]),
         says=status.reason if status.observed_generation == common["generation"] else "",
         used_ms=status.gpu_ms,
-        used_at=ended_at or assigned_at,
+        used_at=min(ended_at or assigned_at, now),  # a leader's clock may have been ahead of ours by years
         status=_FORGOTTEN if ended else status,
     )
 

@@ -108,7 +108,7 @@ class Usage:
         if namespace not in self._decayed:
             ms = requests = 0.0
             for minute, slot in sorted(self._minutes.get(namespace, {}).items()):
-                share = 2.0 ** ((minute - at) / HALF_LIFE_MINUTES)
+                share = 2.0 ** (min(0, minute - at) / HALF_LIFE_MINUTES)  # our clock may go back
                 ms, requests = ms + share * slot.ms, requests + share * slot.requests
             self._decayed[namespace] = (ms, requests)
         return self._decayed[namespace]

@@ -263,7 +263,12 @@ def _failures_at_start(jobs: Iterable[Job], served_jobs: set[tuple[str, str]]) -
 def backoff(settings: Settings, failures: int) -> timedelta:
     """The wait after so many failures in a row."""
     timings = settings.timings
-    return timedelta(seconds=min(timings.retry_cap_seconds, timings.retry_base_seconds * 2.0 ** (failures - 1)))
+    return timedelta(seconds=doubled(timings.retry_base_seconds, timings.retry_cap_seconds, failures))
+
+
+def doubled(base_seconds: float, cap_seconds: float, failures: int) -> float:
+    """The wait in seconds after so many failures in a row: twice as long each time, up to a cap."""
+    return min(cap_seconds, base_seconds * 2.0 ** min(failures - 1, 64))  # beyond 1023 there is no float
 
 
 def fences(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) -> Iterator[Fence]:

@@ -52,6 +52,7 @@ def test_the_least_settings_are_enough(tmp_path: Path) -> None:
         ({"timings": {"leaseSeconds": 0}}, "timings.leaseSeconds: Input should be greater than 0"),
         ({"teacher": {"url": "teacher:8000"}}, "teacher.url: String should match"),
         ({"instance": "a" * 30}, "too long for a Job's name"),
+        ({"tenants": [{"maxGpuSecondsPerDay": float("inf")}]}, "maxGpuSecondsPerDay: Input should be a finite"),
     ],
 )
 def test_a_mistake_in_the_settings_is_named(tmp_path: Path, changes: Raw, says: str) -> None:
