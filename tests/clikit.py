@@ -11,11 +11,14 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import forks
 
 COMMAND = [sys.executable, "-m", "claas_operator.cli"]
 SECONDS = 60.0
@@ -45,6 +48,8 @@ class Done:
 class Claas:
     """`claas`, with an environment that holds no more than it needs.
 
+    Run to its end and piped it is forked (`forks`); beside the test, on a terminal, or by another `command` it is not.
+
     Attributes:
         options: after every command.
     """
@@ -60,6 +65,8 @@ class Claas:
 
     def __call__(self, *words: str, stdin: str = "") -> Done:
         """Runs it to its end, piped."""
+        if self.command == COMMAND:
+            return self._forked([*words, *self.options], stdin)
         done = subprocess.run(
             [*self.command, *words, *self.options],
             input=stdin,
@@ -71,6 +78,18 @@ class Claas:
         )
         assert "Traceback" not in done.stderr, done.stderr
         return Done(done.returncode, done.stdout, done.stderr)
+
+    def _forked(self, words: Sequence[str], stdin: str) -> Done:
+        with tempfile.TemporaryDirectory(prefix="claas-cli-") as folder:
+            said, out, err = (Path(folder) / name for name in ("in", "out", "err"))
+            said.write_text(stdin)
+            process = forks.claas(words, self._environment(), out, err, said)
+            try:
+                code = process.wait(self.seconds)
+            finally:
+                process.kill()
+            assert "Traceback" not in err.read_text(), err.read_text()
+            return Done(code, out.read_text(), err.read_text())
 
     def start(self, *words: str) -> Running:
         """Runs it beside the test, piped."""

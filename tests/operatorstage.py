@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import secrets
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,13 +21,14 @@ from typing import Any, Self
 
 import yaml
 
+import forks
 from claas_crds import names
 from claas_crds.generate import RESOURCES, definition
 from claas_operator.snapshot import format_time
 from claas_store.uris import next_version_uri
 from cluster.api import ApiError
 from cluster.controlplane import ControlPlane
-from cluster.process import kill, spawn, tails, wait_for
+from cluster.process import kill, tails, wait_for
 from operatorkit import MODEL, NUMBERS, Raw, template
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +112,7 @@ class Stage:
         suffix = secrets.token_hex(2)
         self.home, self.team = f"home-{word}-{suffix}", f"team-{word}-{suffix}"
         self.instance = f"c{suffix}"
-        self.operators: list[subprocess.Popen[bytes]] = []
+        self.operators: list[forks.Forked] = []
         self.logs: list[Path] = []
         self._beating: dict[str, Raw] = {}
         self._stop = threading.Event()
@@ -168,16 +166,13 @@ class Stage:
         path.write_text(yaml.safe_dump(content))
         return path
 
-    def start_operator(self, config: Path | None = None, *arguments: str) -> subprocess.Popen[bytes]:
+    def start_operator(self, config: Path | None = None, *arguments: str) -> forks.Forked:
         """A real operator process; it acts as soon as it leads."""
         log = self.folder / f"operator-{len(self.operators)}.log"
         config = config or self.settings()
-        environment = {
-            "KUBECONFIG": str(self.control_plane.kubeconfig_of(OPERATOR)),
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        command = [sys.executable, "-m", "claas_operator", "--config", str(config), *arguments]
-        process = spawn(command, log, environment=environment)
+        log.touch()
+        environment = {"KUBECONFIG": str(self.control_plane.kubeconfig_of(OPERATOR))}
+        process = forks.operator(log, environment, ["--config", str(config), *arguments])
         self.operators.append(process)
         self.logs.append(log)
         return process
@@ -288,12 +283,10 @@ class Stage:
                     if name not in taken:
                         taken.add(name)
                         answer = self.folder / f"{name}.json"
-                        variables = {**os.environ, **environment, "CLAAS_TERMINATION_LOG": str(answer)}
-                        variables["PYTHONPATH"] = os.pathsep.join(sys.path)
-                        command = [sys.executable, "-m", "claas_store", *arguments]
-                        done = subprocess.run(command, env=variables, capture_output=True, check=False, timeout=60)
+                        variables = {**environment, "CLAAS_TERMINATION_LOG": str(answer)}
+                        code = forks.store(self.folder / f"{name}.log", variables, arguments).wait(timeout=60)
                         with contextlib.suppress(ApiError):  # the test may have ended
-                            phase = "Failed" if done.returncode else "Succeeded"
+                            phase = "Failed" if code else "Succeeded"
                             self.end_pod(name, "operation", answer.read_text() if answer.exists() else "", phase)
 
         thread = threading.Thread(target=serve, daemon=True)

@@ -6,9 +6,6 @@ are service accounts of the namespaces `team` and `other`, by tokens of the API 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,13 +15,14 @@ from typing import Any, Self
 import httpx
 import yaml
 
+import forks
 from claas_crds import names
 from claas_operator.snapshot import format_time
 from cluster.controlplane import ControlPlane
-from cluster.process import spawn, tails
+from cluster.process import tails
 from objectstore import ObjectStore, free_port
 from operatorkit import MODEL, Raw
-from operatorstage import RBAC, ROOT, Stage
+from operatorstage import RBAC, Stage
 
 SHIM = "claas-shim-under-test"
 # What the shim may do; the chart grants the same.
@@ -73,7 +71,7 @@ class ShimStage(Stage):
         self.store = store
         self.other = self.team.replace("team-", "other-")
         self.shims: list[Shim] = []
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[forks.Forked] = []
         self._served: set[str] = set()
         self._tokens: dict[tuple[str, str], str] = {}
 
@@ -97,7 +95,7 @@ class ShimStage(Stage):
 
     # The kubelet
 
-    def start_worker(self, **environment: str) -> subprocess.Popen[bytes]:
+    def start_worker(self, **environment: str) -> forks.Forked:
         """Waits for a worker Pod that nobody runs yet, and runs it: `instant_worker.py`."""
         fresh: list[Raw] = []
 
@@ -120,13 +118,13 @@ class ShimStage(Stage):
             names.ENV_MAX_REQUESTS: "1000000",
             "CLAAS_MODEL_PATH": str(self.folder),
             "KUBECONFIG": str(self.control_plane.kubeconfig),
-            "PYTHONPATH": os.pathsep.join(sys.path),
             **self.store.environment,
             **environment,
         }
         log = self.folder / f"worker-{len(self.workers)}.log"
         self.logs.append(log)
-        process = spawn([sys.executable, str(ROOT / "tests" / "instant_worker.py")], log, environment=told)
+        log.touch()
+        process = forks.worker(log, told, "instant_worker")
         self.workers.append(process)
         return process
 
@@ -189,13 +187,9 @@ class Shim:
         self.stage, self.port = stage, free_port()
         self.log = stage.folder / f"shim-{number}.log"
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "claas_operator.shim", "--config", str(config), "--port", str(self.port)]
-        environment = {
-            "KUBECONFIG": str(kubeconfig),
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            **stage.store.environment,
-        }
-        self.process = spawn(command, self.log, environment=environment)
+        self.log.touch()
+        environment = {"KUBECONFIG": str(kubeconfig), **stage.store.environment}
+        self.process = forks.shim(self.log, environment, ["--config", str(config), "--port", str(self.port)])
 
     def ready(self) -> bool:
         """Whether it has seen everything there is."""

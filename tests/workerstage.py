@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import forks
 from claas_crds import names
 from cluster.controlplane import ControlPlane
 from cluster.process import kill, spawn, wait_for
@@ -24,7 +25,7 @@ from cluster.process import kill, spawn, wait_for
 ROOT = Path(__file__).resolve().parents[1]
 GROUP = f"/apis/{names.API_VERSION}"
 WAIT_SECONDS = 20.0
-INSTANT = [sys.executable, str(ROOT / "tests" / "instant_worker.py")]
+INSTANT = [sys.executable, str(ROOT / "tests" / "instant_worker.py")]  # the same as `forks.worker` makes of it
 REAL = [sys.executable, "-m", "claas_worker"]
 MODEL = "tests/tiny"
 
@@ -40,7 +41,7 @@ class WorkerStage:
         self.namespace = f"{word}-{secrets.token_hex(2)}"
         self.pod = f"worker-{secrets.token_hex(2)}"
         self.log = folder / "worker.log"
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[forks.Forked | subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
         self.api("POST", "/api/v1/namespaces", {"metadata": {"name": self.namespace}})
@@ -56,7 +57,7 @@ class WorkerStage:
 
     def start(
         self, command: Sequence[str] = INSTANT, kubeconfig: Path | None = None, **environment: str
-    ) -> subprocess.Popen[bytes]:
+    ) -> forks.Forked | subprocess.Popen[bytes]:
         """A worker process, told who it is as the operator tells it; `environment` in capitals without CLAAS_."""
         told = {
             names.ENV_POD_NAME: self.pod,
@@ -75,7 +76,12 @@ class WorkerStage:
         told |= {
             name if "_" in name and name.startswith("AWS") else f"CLAAS_{name}": v for name, v in environment.items()
         }
-        process = spawn(command, self.log, environment=told)
+        self.log.touch()
+        process = (
+            forks.worker(self.log, told, "instant_worker")
+            if command is INSTANT
+            else spawn(command, self.log, environment=told)
+        )
         self.processes.append(process)
         return process
 
@@ -166,7 +172,7 @@ class WorkerStage:
         """Returns when the Lease says so."""
         self.wait(f"state {state}", lambda: self.state() == state, seconds)
 
-    def wait_exit(self, process: subprocess.Popen[bytes], seconds: float = WAIT_SECONDS) -> int:
+    def wait_exit(self, process: forks.Forked | subprocess.Popen[bytes], seconds: float = WAIT_SECONDS) -> int:
         """The exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=seconds)

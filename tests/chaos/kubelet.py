@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from chaos import forks
+import forks
 from chaos.api import Raw, RawApi
 from claas_crds import names
 

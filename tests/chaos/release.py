@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from chaos import forks, invariants, teacher, witness
+import forks
+from chaos import invariants, teacher, witness
 from chaos.api import PatientApi, Raw, RawApi, identity
 from chaos.background import Background
 from chaos.kubelet import Kubelet
@@ -85,7 +86,7 @@ class Release(Stage):
         self.world, self._changes, self.api = world, changes, PatientApi(world.control_plane.api)
         self.teams = [self.team, *(f"{self.team}-{i}" for i in range(2, teams + 1))]
         self.started, self.said = time.monotonic(), list[str]()
-        self.operators: list[forks.Forked] = []  # type: ignore[assignment]
+        self.operators: list[forks.Forked] = []
         self.replicas = 0  # operators that `supervise` keeps alive
         self.go = folder / "go"  # its presence lets steps that "hold" go on
 
@@ -177,7 +178,7 @@ class Release(Stage):
             path.write_text(json.dumps(content))
         return path
 
-    def start_operator(self, config: Path | None = None, *arguments: str) -> forks.Forked:  # type: ignore[override]
+    def start_operator(self, config: Path | None = None, *arguments: str) -> forks.Forked:
         """One more replica, behind a door of its own: operator-0, operator-1 …"""
         who = f"operator-{len(self.operators)}"
         url = self._background.call(self.api_proxy.door(who, self._operator_identity))

@@ -10,7 +10,7 @@ import httpx
 import kopf
 import pytest
 
-from chaos import forks
+import forks
 from chaos.proxy import FOREVER
 from chaos.release import Release
 from claas_crds import names
