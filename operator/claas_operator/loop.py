@@ -223,6 +223,9 @@ class Loop:
 
     async def _relists(self) -> None:
         """Compares uids with the API server's, when leadership is won and then once in a while."""
+        # A list that began before we led would have to be made again: the first begins when that is known.
+        await self._relist_now.wait()
+        self._relist_now.clear()
         failures = 0
         while True:
             try:

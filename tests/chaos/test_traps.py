@@ -32,7 +32,7 @@ def test_kopf_only_tells_what_it_sees() -> None:
 def test_kopf_holds_no_slot_and_posts_nothing() -> None:
     tuned = kopf.OperatorSettings()
     configure(tuned, settings())
-    assert (tuned.queueing.worker_limit, tuned.queueing.idle_timeout) == (100, 0.05)
+    assert (tuned.queueing.worker_limit, tuned.queueing.idle_timeout) == (None, 0.05)
     assert tuned.watching.chunk_size == 200
     assert not tuned.posting.enabled
     ends = (tuned.watching.server_timeout, tuned.watching.client_timeout)
