@@ -287,12 +287,33 @@ def namespaces_stay_apart(evidence: Evidence) -> Iterator[str]:
             yield f"{uri} was made of {parent}"
 
 
+def conditions_stay_whole(evidence: Evidence) -> Iterator[str]:
+    """A merge patch replaces lists: no write loses a condition, says one twice, or dates one anew that holds on."""
+    for kind in ("DistillRequest", "LoraAdapter"):
+        for life in lives(evidence.history, kind).values():
+            known: dict[str, Raw] = {}
+            for seen in life:
+                conditions = seen.status.get("conditions") or []
+                now = {condition["type"]: condition for condition in conditions}
+                if len(now) < len(conditions):
+                    yield f"{seen.name}: a condition is there twice"
+                for lost in sorted(known.keys() - now.keys()):
+                    yield f"{seen.name}: condition {lost} was lost"
+                for what in sorted(known.keys() & now.keys()):
+                    old, new = known[what], now[what]
+                    times = (old.get("lastTransitionTime"), new.get("lastTransitionTime"))
+                    if old["status"] == new["status"] and times[0] != times[1]:
+                        yield f"{seen.name}: condition {what} holds on, from {times[0]}, then from {times[1]}"
+                known = now
+
+
 CHECKS: Sequence[Callable[[Evidence], Iterator[str]]] = (
     a_request_moves_its_head_once,
     heads_follow_one_another,
     versions_name_their_parents,
     one_at_a_time,
     complete_comes_after_the_head,
+    conditions_stay_whole,
     no_text_is_told,
     namespaces_stay_apart,
 )

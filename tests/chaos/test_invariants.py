@@ -105,6 +105,17 @@ def undone(history: list[Raw], _: dict[str, Stored]) -> None:
     history.append(request(result={"attempt": 1}))
 
 
+def condition_lost(history: list[Raw], _: dict[str, Stored]) -> None:
+    accepted = {"type": "Accepted", "status": "True", "reason": "Accepted"}
+    history[4]["status"]["conditions"] = [accepted]
+
+
+def condition_dated_anew(history: list[Raw], _: dict[str, Stored]) -> None:
+    for raw, at in zip(history[3:5], ("2026-01-01T00:00:00Z", "2026-01-01T00:00:01Z"), strict=True):
+        accepted = {"type": "Accepted", "status": "True", "reason": "Accepted", "lastTransitionTime": at}
+        raw["status"]["conditions"] = [accepted]
+
+
 def attempt_fell(history: list[Raw], _: dict[str, Stored]) -> None:
     history[3]["status"]["attempt"] = 2
 
@@ -143,6 +154,8 @@ BREAKS: dict[Callable[[list[Raw], dict[str, Stored]], None], str] = {
     both_at_once: "one_at_a_time",
     complete_too_soon: "complete_comes_after_the_head",
     undone: "complete_comes_after_the_head",
+    condition_lost: "conditions_stay_whole",
+    condition_dated_anew: "conditions_stay_whole",
     attempt_fell: "complete_comes_after_the_head",
     never_ends: "every_request_ends",
     stays_locked: "every_request_ends",

@@ -37,6 +37,7 @@ class Mutation(NamedTuple):
 
     `survives`: why the model is not expected to find it. `often`: rules that are tried five times as often, where what
     finds it is rare. `never`: rules that are not tried, where they break what is left by themselves, or hide it.
+    `hangs`: the kind whose watch hangs, where it takes that one.
     """
 
     write: str
@@ -45,12 +46,21 @@ class Mutation(NamedTuple):
     survives: str = ""
     often: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
+    hangs: str = ""
 
 
 def one(
-    write: str, what: str, file: str, old: str, new: str, survives: str = "", often: str = "", never: str = ""
+    write: str,
+    what: str,
+    file: str,
+    old: str,
+    new: str,
+    survives: str = "",
+    often: str = "",
+    never: str = "",
+    hangs: str = "",
 ) -> Mutation:
-    return Mutation(write, what, ((file, old, new),), survives, tuple(often.split()), tuple(never.split()))
+    return Mutation(write, what, ((file, old, new),), survives, tuple(often.split()), tuple(never.split()), hangs)
 
 
 def without_rv(write: str, action: str, kind: str, often: str = "") -> Mutation:
@@ -205,7 +215,8 @@ MUTATIONS = (
         THE_MODEL,
         '            if (status.get("result") or {}).get("attempt") == body["attempt"]:\n                return\n',
         "",
-        often="worker_reports_again all_goes_well hears",
+        often="worker_reports_again",
+        hangs="LoraAdapter",
     ),
     one(
         "Report",
@@ -322,6 +333,8 @@ MUTATIONS = (
         APPLY,
         '            if listed and not await self._pod_is_gone(lease.namespace, lease.name, lease.holder):\n                raise Lost("a living worker still lists the request")\n',
         "",
+        often="user_cancels_late",
+        hangs="Lease",
     ),
     without_rv("Move, Retry", "Retry", "REQUEST"),
     Mutation(
@@ -360,7 +373,7 @@ MUTATIONS = (
         PLAN,
         "        elif adapter.status.head_seq > parent.head_seq:\n",
         "        elif adapter.status.head_seq != parent.head_seq:\n",
-        often="watch_hangs all_goes_well",
+        hangs="LoraAdapter",
     ),
     without_rv("Rollback", "Rollback", "ADAPTER"),
     one(
@@ -413,6 +426,8 @@ MUTATIONS = (
         APPLY,
         "        return isinstance(pod, Pod) and lost(pod)\n",
         "        return True\n",
+        often="user_cancels_late",
+        hangs="Lease",
     ),
     one(
         "Second attempts",
@@ -440,18 +455,20 @@ MUTATIONS = (
 )
 
 
-def walks(last: int, seconds: float, often: list[str], never: list[str]) -> None:
+def walks(last: int, seconds: float, often: list[str], never: list[str], hangs: str) -> None:
     """The child's part: histories until one breaks. Exit code 1 and what broke, if one does."""
     sys.path.remove(str(MODEL.parent))  # the copy of the model is meant
-    from test_model import WEIGHTS, walk
+    import test_model
 
     for rule in often:
-        WEIGHTS[rule] *= 5
+        test_model.WEIGHTS[rule] *= 5
     for rule in never:
-        WEIGHTS[rule] = 0
+        test_model.WEIGHTS[rule] = 0
+    if hangs:
+        test_model.HANGING = (test_model.Kind(hangs),)
     for seed in range(last):
         try:
-            walk(seed)
+            test_model.walk(seed)
         except Exception as error:  # noqa: BLE001 (whatever breaks is what is asked for)
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             print(f"{what}, {time.process_time():.0f} s of CPU")
@@ -499,6 +516,8 @@ def judge(mutation: Mutation, count: int, seconds: float) -> tuple[bool, str]:
             *mutation.often,
             "--never",
             *mutation.never,
+            "--hangs",
+            mutation.hangs,
         ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1200)
         if done.returncode not in (0, 1) or not done.stdout:
@@ -518,9 +537,10 @@ def main() -> int:
     parser.add_argument("--child", action="store_true")
     parser.add_argument("--often", nargs="*", default=[])
     parser.add_argument("--never", nargs="*", default=[])
+    parser.add_argument("--hangs", default="")
     given = parser.parse_args()
     if given.child:
-        walks(given.walks, given.seconds, given.often, given.never)
+        walks(given.walks, given.seconds, given.often, given.never, given.hangs)
         return 0
     chosen = [m for m in MUTATIONS if given.only in f"{m.write}: {m.what}"][given.after :]
     if given.places:
