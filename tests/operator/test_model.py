@@ -272,7 +272,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
         holder = next((r for r in self.requests() if r["metadata"]["uid"] == held), None)
         if holder is None or ended(holder) or (holder["status"].get("result") or {}).get("outcome") != "Succeeded":
             return
-        if holder["status"]["parent"]["headSeq"] == status["headSeq"] and self.may("free"):
+        if holder["status"]["parent"]["headSeq"] == status.get("headSeq") and self.may("free"):
             self.api.change(Kind.ADAPTER, TEAM, name, {"status": {"active": None}})
 
     # Leaders
