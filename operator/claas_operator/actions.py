@@ -193,6 +193,11 @@ class Fold(OnAdapter):
     """The create Job's answer becomes the adapter's first version."""
 
 
+def job_key(namespace: str, name: str) -> str:
+    """The key of what starts a Job."""
+    return f"job/{namespace}/{name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StartJob(Action):
     """A worker Job or an operation Job."""
@@ -212,7 +217,7 @@ class StartJob(Action):
 
     @property
     def key(self) -> str:
-        return f"job/{self.namespace}/{self.name}"
+        return job_key(self.namespace, self.name)
 
     @property
     def about(self) -> str:

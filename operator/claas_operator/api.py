@@ -82,7 +82,9 @@ class Api:
         headers = {"Accept": _METADATA} if metadata_only else {}
         while True:
             page = await self._call("GET", f"{base}/{plural}", query=query, headers=headers)
-            for item in page.get("items") or []:
+            if "items" not in page:  # not to be taken for a cluster in which nothing is left
+                raise ApiException(status=HTTPStatus.OK, reason="the answer is no list")
+            for item in page["items"] or []:
                 yield item
             following = page.get("metadata", {}).get("continue")
             if not following:
@@ -148,7 +150,9 @@ class Api:
             raise
         finally:
             self._called(verb, code)
-        return answer if isinstance(answer, dict) else {}
+        if not isinstance(answer, dict):  # a proxy's page, say
+            raise ApiException(status=code, reason="the answer is no object")
+        return answer
 
 
 def _proxy(url: str) -> str | None:

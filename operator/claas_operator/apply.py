@@ -344,7 +344,7 @@ class Apply:
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
             "metadata": {
-                "name": f"{entry.name[:200]}.{hashlib.sha256(said.encode()).hexdigest()[:16]}",
+                "name": f"{entry.name[:200].rstrip('-.')}.{hashlib.sha256(said.encode()).hexdigest()[:16]}",
                 "namespace": entry.namespace,
             },
             "eventTime": format_time(self._clock()),
@@ -353,7 +353,7 @@ class Apply:
             "action": "Reconcile",
             "type": "Warning" if note.warning else "Normal",
             "reason": note.reason,
-            "note": note.message[:1000],
+            "note": note.message.encode()[:1000].decode(errors="ignore"),  # the API server counts bytes
             "regarding": {
                 "apiVersion": api_version,
                 "kind": kind.value,

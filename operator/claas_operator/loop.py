@@ -42,6 +42,8 @@ QUIET_SECONDS: Final = 1.0
 # A write that failed is tried again after this, doubled each time.
 COOL_BASE_SECONDS: Final = 0.2
 COOL_CAP_SECONDS: Final = 30.0
+# What has failed so often in a row will not go away by itself: people are told.
+FAILING: Final = 3
 # A failure so long ago does not slow the next try down.
 FORGET_SECONDS: Final = 60.0
 # Planning again and again takes at most about this share of the time; under load, events are taken several at once.
@@ -52,6 +54,7 @@ PLAN_SHARE: Final = 0.5
 class _Cooling:
     failures: int
     until: float  # loop time
+    why: str  # the API server's answer; empty where there was none
 
 
 class Loop:
@@ -138,11 +141,15 @@ class Loop:
             self._beat = started = loop.time()
             timeout = self.settings.timings.relist_seconds
             if not self._acting():
+                self._metrics.workqueue_depth.set(0)
                 continue
             cooling = {key: cooled.until for key, cooled in self._cooling.items() if cooled.until > started}
             if cooling:
                 timeout = min(timeout, min(cooling.values()) - started)
             self.snapshot.cooling = cooling.keys()
+            self.snapshot.failing = {
+                key: cooled.why for key, cooled in self._cooling.items() if cooled.why and cooled.failures >= FAILING
+            }
             with self._metrics.reconcile_seconds.time():
                 made = plan(self.snapshot, self.settings, datetime.now(UTC))
             if made.teacher_wanted:
@@ -198,18 +205,19 @@ class Loop:
             self._cool(action, at_once=True)
         except FAILURES as error:
             log.warning("failed", extra=told({"error": describe(error)}))
-            self._cool(action, after=_retry_after(error))
+            why = describe(error) if isinstance(error, ApiException) else ""
+            self._cool(action, after=_retry_after(error), why=why)
         else:
             self._cooling.pop(action.key, None)
             self._metrics.done(action)
             log.info("done", extra=told({}))
 
-    def _cool(self, action: Action, *, at_once: bool = False, after: float = 0.0) -> None:
+    def _cool(self, action: Action, *, at_once: bool = False, after: float = 0.0, why: str = "") -> None:
         """Not the same object again at once: a first loss may be decided anew, for the snapshot has learnt from it."""
         before = self._cooling.get(action.key)
         failures = before.failures + 1 if before else 1
         wait = 0.0 if at_once and failures == 1 else doubled(COOL_BASE_SECONDS, COOL_CAP_SECONDS, failures)
-        self._cooling[action.key] = _Cooling(failures, asyncio.get_running_loop().time() + max(wait, after))
+        self._cooling[action.key] = _Cooling(failures, asyncio.get_running_loop().time() + max(wait, after), why)
 
     def _done(self, action: Action, task: asyncio.Task[None]) -> None:
         self._tasks.pop(action.key, None)

@@ -13,11 +13,11 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from claas_crds import names
-from claas_operator.actions import StartJob
+from claas_operator.actions import StartJob, job_key
 from claas_operator.jobs import OPERATION_STEMS, build_operation_job, operation_stem
 from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Adapter, Job, Pod, Snapshot
-from claas_operator.workers import Wake, backoff
+from claas_operator.workers import Wake, backoff, refused
 
 
 class Answer(BaseModel):
@@ -108,6 +108,9 @@ class Desk:
 
     def trouble(self, operation: str) -> str:
         """Why the latest Job of an operation does not start, or has failed; empty while all is well."""
+        namespace, name = self._next(operation)
+        if why := self.snapshot.failing.get(job_key(namespace, name)):
+            return f"the {refused(name, why)}"
         latest = self.of(operation)[-1:]
         if not latest:
             return ""
@@ -139,18 +142,14 @@ class Desk:
 
     def start(self, operation: str, arguments: list[str], patience: float = 1.0) -> StartJob | None:
         """The next Job of an operation; None while it may not start."""
-        jobs = self.of(operation)
         if not self.may_start(operation, patience):
             return None
-        namespace = operation_namespace(self.adapter, self.settings)
-        stem = operation_stem(self.settings, operation, self.adapter.uid)
-        taken = self.snapshot.taken_counters.get((namespace, stem), 0)
-        counter = max([taken, *(job.counter for job in jobs)]) + 1
+        namespace, name = self._next(operation)
         pool = pool_of(self.adapter, self.settings)
         manifest = build_operation_job(
             self.settings,
             operation,
-            f"{stem}-{counter}",
+            name,
             self.adapter,
             namespace,
             arguments,
@@ -158,6 +157,13 @@ class Desk:
             template=pool.operation_template if pool else None,
         )
         return StartJob(manifest=manifest, pool="")
+
+    def _next(self, operation: str) -> tuple[str, str]:
+        """Namespace and name of the next Job of an operation."""
+        namespace = operation_namespace(self.adapter, self.settings)
+        stem = operation_stem(self.settings, operation, self.adapter.uid)
+        taken = self.snapshot.taken_counters.get((namespace, stem), 0)
+        return namespace, f"{stem}-{max([taken, *(job.counter for job in self.of(operation))]) + 1}"
 
     def _failures(self, operation: str) -> list[Job]:
         """The latest Jobs that ended without a good answer, oldest first."""

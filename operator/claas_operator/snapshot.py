@@ -283,6 +283,8 @@ class Snapshot:
     in_flight: dict[str, Any] = field(default_factory=dict)
     # Keys of actions that failed and are not tried again yet: `plan` gives their room to others.
     cooling: Set[str] = frozenset()
+    # What the API server says to actions that fail again and again, by their key: a quota or a webhook may refuse.
+    failing: Mapping[str, str] = field(default_factory=dict)
     # Names that an API server refused as taken by somebody else's Job, as the highest counter per name's stem.
     taken_counters: dict[tuple[str, str], int] = field(default_factory=dict)
     # Uids of adapters whose operations' namespace is being deleted with them: the API server takes no Job there.
@@ -375,6 +377,7 @@ class Snapshot:
         listed = {uid for lease in self.leases.values() for uid in lease.running}
         self.gone = {uid: at for uid, at in self.gone.items() if now - at < TOMBSTONE_LIFE}
         self.strangers = {uid: at for uid, at in self.strangers.items() if uid in listed}
+        self.homeless &= self.adapters.keys()
 
     def by_name(self, kind: Kind, namespace: str, name: str) -> AnyEntry | None:
         """The object of that name."""

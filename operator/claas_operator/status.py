@@ -146,7 +146,10 @@ def used_ms(request: Request, now: datetime) -> int:
 
 def _timings(request: Request, worker: Timings) -> Timings:
     queue, claim = _ms(request.created, request.assigned_at), _ms(request.assigned_at, request.claimed_at)
-    return worker.model_copy(update={"queue_ms": queue, "claim_ms": claim})
+    # A worker's own word: a negative one would turn a sum of Prometheus back, and a huge one spoil it for good.
+    limit = round(request.deadline.total_seconds() * 1000)
+    told = {phase: min(max(0, ms), limit) for phase, ms in worker.model_dump(exclude_none=True).items()}
+    return worker.model_copy(update=told | {"queue_ms": queue, "claim_ms": claim})
 
 
 def _ms(start: datetime, end: datetime | None) -> int | None:

@@ -164,6 +164,8 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
     for action in snapshot.in_flight.values():
         if not isinstance(action, StartJob) or not action.pool:
             continue
+        if why := snapshot.failing.get(action.key):
+            fleet.trouble.setdefault((action.pool, action.namespace), refused(action.name, why))
         if snapshot.by_name(Kind.JOB, action.namespace, action.name) is None:
             fleet.alive[action.pool, action.namespace] += 1
             fleet.starting[action.pool, action.namespace] += 1
@@ -227,7 +229,15 @@ def start_workers(
             for i in range(count):
                 stays = staying + i < pool.min_workers
                 manifest = build_worker_job(settings, pool, scope[1], highest + 1 + i, snapshot.owner_uid, stays=stays)
-                yield StartJob(manifest=manifest, pool=pool.name)
+                start = StartJob(manifest=manifest, pool=pool.name)
+                if why := snapshot.failing.get(start.key):
+                    fleet.trouble.setdefault(scope, refused(start.name, why))
+                yield start
+
+
+def refused(job: str, why: str) -> str:
+    """What people are told about a Job that the API server does not take."""
+    return f"Job {job} cannot be created: {why} (a quota, an admission?)"
 
 
 def _short(pool: Pool, demand: Demand, staying: int, starting: int) -> int:

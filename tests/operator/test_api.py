@@ -7,17 +7,20 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
+from aiohttp import web
 from kubernetes.aio import client, config
+from kubernetes.aio.client.exceptions import ApiException
 
 from claas_crds.reasons import Reason
 from claas_operator.actions import Describe, Note
 from claas_operator.api import Api
 from claas_operator.apply import Apply, Lost
+from claas_operator.relist import relist
 from claas_operator.settings import load
 from claas_operator.snapshot import Adapter, Kind, Snapshot
 from claas_operator.status import collection_waits, rollback_waits
 from cluster.controlplane import ControlPlane
-from operatorkit import Raw
+from operatorkit import Raw, request, snapshot
 from operatorstage import OPERATOR, Stage
 
 
@@ -99,3 +102,31 @@ async def test_a_condition_that_is_written_loses_no_other(stage: Stage, control_
     after = {c["type"]: c for c in stage.see_adapter()["status"]["conditions"]}
     assert after.keys() == {"Collected", "RolledBack"}
     assert (after["Collected"]["message"], after["RolledBack"]["message"]) == ("one", "two")
+
+
+@pytest.mark.parametrize("answer", ["<html>back soon</html>", "", "[]", '{"kind": "Status"}'])
+async def test_an_answer_that_is_none_is_a_failure_and_no_empty_cluster(answer: str) -> None:
+    """A load balancer may answer 200 with a page of its own; nothing is forgotten, freed or ended by that."""
+
+    async def say(_: web.Request) -> web.Response:
+        return web.Response(text=answer, content_type="application/json")
+
+    application = web.Application()
+    application.router.add_get("/{path:.*}", say)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0]
+    api = Api(client.Configuration(host=f"http://{host}:{port}"))
+    seen = snapshot(request("r"))
+    try:
+        with pytest.raises(ApiException):
+            await relist(api, seen, {})
+        if "Status" not in answer:
+            with pytest.raises(ApiException):
+                await api.get(Kind.REQUEST, "team", "r")
+    finally:
+        await api.close()
+        await runner.cleanup()
+    assert seen.requests

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from kubernetes.aio.client.exceptions import ApiException
 
-from claas_operator.actions import Bind, DeleteRequest, End, Lock, Say, StartJob
+from claas_operator.actions import Bind, DeleteRequest, End, Lock, Note, Say, StartJob
+from claas_operator.apply import Apply
 from claas_operator.loop import COOL_CAP_SECONDS, Loop
 from claas_operator.metrics import Metrics
 from claas_operator.plan import MAX_PER_PLAN, plan
@@ -158,6 +160,32 @@ async def test_what_is_refused_for_hours_is_never_tried_in_a_hot_loop() -> None:
     assert COOL_CAP_SECONDS - 1 < left <= COOL_CAP_SECONDS
 
 
+async def test_what_the_api_server_refuses_again_and_again_is_told() -> None:
+    api = MemoryApi()
+
+    async def refuse(path: str, body: Raw) -> Raw:
+        raise ApiException(status=403, reason="Forbidden")
+
+    told, patch_status = asyncio.Event(), api.patch_status
+
+    async def hear(kind: Kind, namespace: str, name: str, version: int, status: Raw) -> Raw:
+        if "cannot be created: HTTP 403 Forbidden" in status["conditions"][-1]["message"]:
+            told.set()
+        return await patch_status(kind, namespace, name, version, status)
+
+    api.create, api.patch_status = refuse, hear  # type: ignore[method-assign]
+    waits = api.add(request("r", "", created=datetime.now(UTC) - timedelta(seconds=9)))
+    loop = Loop(settings(), api, Metrics())  # type: ignore[arg-type]
+    loop.leader._leads_until, loop._synced = math.inf, True
+    loop.observe(Kind.REQUEST, {"object": waits})
+    turns = asyncio.create_task(loop._turns())
+    try:
+        async with asyncio.timeout(10):
+            await told.wait()
+    finally:
+        turns.cancel()
+
+
 @pytest.mark.parametrize("ahead", [timedelta(days=30), timedelta(days=3000)])
 def test_times_of_a_clock_that_was_ahead_neither_stop_the_loop_nor_use_up_a_quota_for_good(ahead: timedelta) -> None:
     """A node's clock may be years ahead until it has asked for the time."""
@@ -189,3 +217,21 @@ def test_late_news_of_a_deleted_namesake_hides_nobody() -> None:
     seen.remove(Kind.ADAPTER, "uid-first", NOW)
     found = seen.adapter("team", "coder")
     assert found is not None and found.uid == "uid-second"
+
+
+async def test_an_event_is_one_that_the_api_server_takes() -> None:
+    """Its note is counted in bytes, and its name must not have a label that ends in a dash."""
+    api, name = MemoryApi(), "a" * 199 + "-" + "b" * 20
+    (entry,) = snapshot(request(name)).requests.values()
+    note = Note(entry, "Reason", "é" * 900)
+    await Apply(api, Snapshot(), settings(), lambda: True)._post(note)  # type: ignore[arg-type]
+    (event,) = api.events
+    assert len(event["note"].encode()) <= 1024
+    assert not event["metadata"]["name"].partition(".")[0].endswith("-")
+
+
+def test_an_adapter_without_a_home_is_forgotten_with_it() -> None:
+    seen = snapshot(adapter())
+    seen.homeless.update({"uid-coder", "uid-of-one-that-is-gone"})
+    seen.sweep(NOW)
+    assert seen.homeless == {"uid-coder"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from datetime import timedelta
 
@@ -12,13 +13,29 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from claas_operator.actions import Bind, Complete, End, Retry
+from claas_operator.loop import Loop
 from claas_operator.metrics import Metrics
 from claas_operator.plan import plan
 from claas_operator.snapshot import Kind, Request, Snapshot
 from claas_teacher.admission import Admission
 from claas_teacher.metrics import Metrics as TeacherMetrics
 from cluster import programs
-from operatorkit import NOW, adapter, bound, claim, later, lease, pod, request, result, settings, snapshot
+from operatorkit import (
+    NOW,
+    PREFIX,
+    MemoryApi,
+    adapter,
+    bound,
+    claim,
+    decide,
+    later,
+    lease,
+    pod,
+    request,
+    result,
+    settings,
+    snapshot,
+)
 from operatorstage import Stage
 
 WORKER = "claas-l40s-1-aaaaa"
@@ -140,6 +157,31 @@ def test_ends_are_counted_by_what_they_were() -> None:
     assert found['claas_gpu_seconds_total{namespace="team"}'] == 4
     assert found['claas_request_phase_seconds_sum{phase="queue"}'] == 1.5
     assert found['claas_request_phase_seconds_sum{phase="step"}'] == 0.07
+
+
+def test_whatever_a_worker_says_of_its_phases_the_sums_only_grow_and_stay_of_use() -> None:
+    metrics, report = Metrics(), result(uri=f"{PREFIX}bare-20260501-120000-0badcafe/")
+    report["result"]["timings"] = {"stepMs": -(10**15), "loadMs": 10**18, "saveMs": 7}
+    (complete,) = decide(request("r", "", status=bound(WORKER, adapter="") | claim(WORKER) | report)).actions
+    metrics.done(complete)
+    found = series(scraped(metrics.registry))
+    sums = {phase: found[f'claas_request_phase_seconds_sum{{phase="{phase}"}}'] for phase in ("step", "load", "save")}
+    assert sums == {"step": 0, "load": 600, "save": 0.007}, "at most spec.activeDeadlineSeconds"
+
+
+def test_who_no_longer_leads_has_no_writes_to_do() -> None:
+    async def found() -> float:
+        metrics = Metrics()
+        loop = Loop(settings(), MemoryApi(), metrics)  # type: ignore[arg-type]
+        metrics.workqueue_depth.set(9)
+        turns = asyncio.create_task(loop._turns())
+        loop._wake.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        turns.cancel()
+        return series(scraped(metrics.registry))["claas_workqueue_depth"]
+
+    assert asyncio.run(found()) == 0
 
 
 def test_a_step_is_a_cache_hit_where_its_worker_says_so() -> None:

@@ -141,6 +141,23 @@ def test_a_job_that_gets_no_pod_shows_in_the_waiting_request() -> None:
     assert "Job claas-l40s-1 has no Pod" in say.status["conditions"][-1]["message"]
 
 
+def test_a_job_that_is_refused_shows_in_what_waits_for_it() -> None:
+    """A ResourceQuota or a webhook may refuse Jobs: while one is tried again, too, or the message would flip."""
+    seen = snapshot(request("r", ""), adapter("new", head=0))
+    starts = about(plan(seen, settings(), later(3)), StartJob)
+    seen.failing = {start.key: "HTTP 403 Forbidden" for start in starts}
+    for in_flight in ([], starts):
+        seen.in_flight = {start.key: start for start in in_flight}
+        made = plan(seen, settings(), later(3))
+        (say,) = about(made, Say)
+        assert isinstance(say, Say)
+        message = say.status["conditions"][-1]["message"]
+        assert "Job claas-l40s-1 cannot be created: HTTP 403 Forbidden" in message
+        (describe,) = about(made, Describe)
+        assert isinstance(describe, Describe)
+        assert "cannot be created: HTTP 403 Forbidden" in describe.status["conditions"][-1]["message"]
+
+
 def test_min_workers_are_kept_and_never_leave_for_want_of_work() -> None:
     (start,) = started(pool={"minWorkers": 1})
     assert environment(start)["CLAAS_LINGER_SECONDS"] == "31536000"
