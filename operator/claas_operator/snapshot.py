@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ def format_time(when: datetime) -> str:
     return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """What every object has."""
 
@@ -88,7 +89,7 @@ class Entry:
         return f"{self.namespace}/{self.name}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request(Entry):
     """A DistillRequest without its samples. An ended one keeps only what TTL, history and served counts need."""
 
@@ -105,7 +106,7 @@ class Request(Entry):
     cancel: bool
     problem: tuple[Reason, str] | None  # why the stored spec cannot be used
     worker: str
-    ended: Condition | None
+    ended: ConditionType | None  # Complete or Failed
     ended_at: datetime | None
     assigned_at: datetime  # of the current attempt; the creation, before any
     claimed_at: datetime | None  # of the current attempt
@@ -125,7 +126,7 @@ class Request(Entry):
     @property
     def complete(self) -> bool:
         """Whether it ended well."""
-        return self.ended is not None and self.ended.type == ConditionType.COMPLETE
+        return self.ended == ConditionType.COMPLETE
 
     @property
     def result(self) -> Result | None:
@@ -156,7 +157,7 @@ class Request(Entry):
         return next((c for c in self.status.conditions if c.type == kind), None)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter(Entry):
     """A LoraAdapter."""
 
@@ -199,7 +200,7 @@ class Adapter(Entry):
         return next((c for c in self.status.conditions if c.type == kind), None)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pod(Entry):
     """A Pod of a worker Job or an operation Job."""
 
@@ -217,7 +218,7 @@ class Pod(Entry):
         return self.phase in ("Succeeded", "Failed")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Job(Entry):
     """A worker Job or an operation Job."""
 
@@ -240,7 +241,7 @@ class Job(Entry):
         return int(tail) if tail.isdigit() else 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Lease(Entry):
     """A worker's Lease, named after its Pod."""
 
@@ -487,7 +488,7 @@ def parse(kind: Kind, raw: Raw, now: datetime, known: AnyEntry | None = None) ->
     common: dict[str, Any] = {
         "uid": _text(metadata["uid"]),
         "name": _text(metadata["name"]),
-        "namespace": _text(metadata["namespace"]),
+        "namespace": sys.intern(_text(metadata["namespace"])),
         "version": int(metadata["resourceVersion"]),
         "created": created,
         "deleting": parse_time(metadata.get("deletionTimestamp")),
@@ -512,7 +513,7 @@ def _text(value: object) -> str:
     return value
 
 
-# A shared, empty status: ten thousand ended requests keep no numbers in memory.
+# A shared, empty status: ten thousand ended requests keep no numbers in memory, nor do those of which nothing was said.
 _FORGOTTEN = DistillRequestStatus()
 
 
@@ -530,7 +531,8 @@ def _workers_time(text: str, bound: datetime, now: datetime) -> datetime:
 
 
 def _request(raw: Raw, common: dict[str, Any], now: datetime, known: Request | None) -> Request:
-    status = DistillRequestStatus.model_validate(raw.get("status") or {})
+    told = raw.get("status")
+    status = DistillRequestStatus.model_validate(told) if told else _FORGOTTEN
     ended = next(
         (
             c
@@ -547,8 +549,8 @@ def _request(raw: Raw, common: dict[str, Any], now: datetime, known: Request | N
     return Request(
         **common,
         **from_spec,
-        worker=status.worker,
-        ended=ended,
+        worker=sys.intern(status.worker),
+        ended=ConditionType(ended.type) if ended else None,
         ended_at=ended_at,
         assigned_at=assigned_at,
         claimed_at=claimed_at,
@@ -584,11 +586,11 @@ def _request_spec(raw: object) -> dict[str, Any]:
         adapter_name = spec.adapter_ref.name if spec.adapter_ref else ""
     ttl = spec.ttl_seconds_after_finished
     return {
-        "adapter_name": adapter_name,
+        "adapter_name": sys.intern(adapter_name),
         "lora_uri": spec.lora_uri or "",
         "payload_uri": spec.payload_ref.uri if spec.payload_ref else "",
-        "base_model": spec.base_model or "",
-        "pool": spec.pool or "",
+        "base_model": sys.intern(spec.base_model or ""),
+        "pool": sys.intern(spec.pool or ""),
         "needs_teacher": spec.teacher.mode == "Server",
         "priority": spec.priority,
         "backoff_limit": spec.backoff_limit,

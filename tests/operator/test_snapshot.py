@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import tracemalloc
 from datetime import timedelta
 from typing import Any
 
@@ -211,3 +214,24 @@ def test_who_names_which_version_is_kept_as_objects_come_change_and_go() -> None
     seen.remove(Kind.ADAPTER, "uid-fork", NOW)
     assert not needed("mine-20260101-000000-0123abcd")
     assert seen.named == snapshot(adapter("mine")).named
+
+
+def _kept_bytes(count: int, raw: Raw) -> float:
+    """What the snapshot keeps of each of so many objects like `raw`, each decoded anew as from a list."""
+    seen = Snapshot()
+    tracemalloc.start()
+    for i in range(count):
+        text = json.dumps(raw | {"metadata": raw["metadata"] | {"name": f"r{i}", "uid": f"{i:036}"}})
+        seen.put(Kind.REQUEST, json.loads(text), NOW)
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(seen.requests) == count
+    return kept / count
+
+
+def test_ten_thousand_ended_requests_are_few_bytes_and_so_are_those_that_nothing_was_said_of() -> None:
+    over = bound(WORKER) | claim(WORKER) | result() | {"gpuMs": 1500} | ended("Complete", "Succeeded")
+    done = request("r", spec={"samples": [{"prompt": "q" * 1024, "response": "a"}]}, status=over)
+    assert _kept_bytes(3_000, done) < 1_200
+    assert _kept_bytes(3_000, request("r")) < 1_000
