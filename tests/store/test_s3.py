@@ -82,6 +82,22 @@ def test_large_objects_go_up_in_parts_and_appear_once(
     assert "Uploads" not in object_store.client().list_multipart_uploads(Bucket=object_store.bucket)
 
 
+def test_a_part_that_fails_for_good_leaves_nothing_of_the_others(
+    proxy: LossyProxy, bucket: str, small_parts: None, object_store: ObjectStore
+) -> None:
+    """The upload is ended, and the object can be written after all."""
+    proxy.text, proxy.lose = b"partNumber=2", 100
+    with pytest.raises(StorageUnavailable):
+        open_store(bucket).put(f"{bucket}object", bytes(31 * 2**20))
+    assert proxy.lost == s3.ATTEMPTS
+    client, prefix = object_store.client(), bucket.removeprefix(f"s3://{object_store.bucket}/")
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=object_store.bucket, Prefix=prefix)
+    with pytest.raises(NotFound):
+        open_store(bucket).get(f"{bucket}object")
+    proxy.lose = 0
+    open_store(bucket).put(f"{bucket}object", bytes(31 * 2**20))
+
+
 def test_a_server_that_sends_on_and_on_without_a_length_is_not_read_to_its_end(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from claas_store import uris
 from claas_store.checks import ADAPTER, PREFIX, check_config, check_patterns, check_tensors, expected_shapes, shown
 from claas_store.errors import AlreadyExists, ArgumentInvalid, NotFound, Occupied, VersionInvalid
 from claas_store.limits import MAX_HEADER_BYTES
+from claas_store.pieces import Pieces
 from claas_store.stores import Store, open_store
 from claas_store.tombstone import read_tombstone, refuse_collected
 from claas_store.version import (
@@ -269,13 +270,13 @@ def _write(
     return Version(uri, written, digest, config, tensors, optimizer)
 
 
-def _put_same(store: Store, uri: str, name: str, data: bytes) -> None:
+def _put_same(store: Store, uri: str, name: str, data: Pieces) -> None:
     target = uris.join(uri, name)
     try:
         store.put(target, data)
     except AlreadyExists:
         try:
-            same = store.get(target, max_bytes=len(data)) == data
+            same = store.get(target, max_bytes=len(data)) == bytes(data)
         except (NotFound, VersionInvalid):
             same = False
         if not same:

@@ -23,6 +23,7 @@ from claas_store import uris
 from claas_store.errors import AlreadyExists, NotFound, StorageDenied, StorageUnavailable, StoreError, TooLarge
 from claas_store.limits import CHUNK_BYTES, MAX_OBJECT_BYTES
 from claas_store.listing import Entry, Upload
+from claas_store.pieces import Pieces
 
 _SCRATCH = ".claas-partial-"  # a file in the making; a killed writer leaves it behind, and readers never see it
 _PAUSE_SECONDS = 0.01
@@ -61,22 +62,22 @@ class FolderStore:
                 size += len(chunk)
         return digest.hexdigest(), size
 
-    def put(self, uri: str, data: bytes, *, if_absent: bool = True) -> None:
+    def put(self, uri: str, data: bytes | Pieces, *, if_absent: bool = True) -> None:
         """See `Store.put`."""
         for _ in range(_TRIES):
             try:
-                return self._put(uri, data, if_absent)
+                return self._put(uri, Pieces.of(data), if_absent)
             except NotFound:  # the folder was emptied, and so removed, between its making and its use
                 time.sleep(random.uniform(0, _PAUSE_SECONDS))
         raise StorageUnavailable(f"{uri}: its folder is removed again and again")
 
-    def _put(self, uri: str, data: bytes, if_absent: bool) -> None:
+    def _put(self, uri: str, data: Pieces, if_absent: bool) -> None:
         with _errors(uri), self._folder(uri, create=True) as (folder, name):
             scratch = f"{_SCRATCH}{uuid.uuid4().hex}"
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(scratch, flags, 0o644, dir_fd=folder), "wb") as stream:
                 try:
-                    stream.write(data)
+                    stream.writelines(data)
                     stream.flush()
                     os.fsync(stream.fileno())
                     if if_absent:

@@ -22,7 +22,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -50,6 +50,7 @@ from claas_store.errors import (
 )
 from claas_store.limits import CHUNK_BYTES, MAX_OBJECT_BYTES
 from claas_store.listing import Entry, Upload
+from claas_store.pieces import Pieces, Window
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -58,8 +59,8 @@ ATTEMPTS: Final = 3
 CONNECT_SECONDS: Final = 5
 READ_SECONDS: Final = 30  # without a byte; a slow transfer may take longer
 BACKOFF_SECONDS: Final = 0.2  # before the second try, doubled for each later one, with jitter
-PART_BYTES: Final = 64 * 2**20  # an object above goes up in parts of this size, a failed one alone goes up again
-PART_THREADS: Final = 4
+PART_BYTES: Final = 16 * 2**20  # an object above goes up in parts of this size, a failed one alone goes up again
+PART_THREADS: Final = 24  # of all uploads together: a 3B model's version, weights and moments, at once
 ADDRESSING: Final = ("auto", "path", "virtual")
 ENCRYPTION: Final = ("", "AES256", "aws:kms")
 
@@ -99,12 +100,13 @@ class S3Store:
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-            max_pool_connections=16,
+            max_pool_connections=PART_THREADS + 16,
             s3={"addressing_style": _addressing(environment, endpoint)},
             request_checksum_calculation=checksums,
             response_checksum_validation=checksums,
         )
         self._encryption = _encryption(environment)
+        self._senders = ThreadPoolExecutor(PART_THREADS, "s3-part")
         once = config.merge(Config(retries={"total_max_attempts": 1}))
         try:
             self._client: S3Client = session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
@@ -131,14 +133,14 @@ class S3Store:
         with self._errors(uri):
             return self._retry(read)
 
-    def put(self, uri: str, data: bytes, *, if_absent: bool = True) -> None:
+    def put(self, uri: str, data: bytes | Pieces, *, if_absent: bool = True) -> None:
         """See `Store.put`. A conditional put within this call may be sent several times; its answer is the same."""
         bucket, key = _split(uri)
         token = uuid.uuid4().hex
         condition: Any = {"IfNoneMatch": "*"} if if_absent else {}
         with self._errors(uri):
             if len(data) <= PART_BYTES:
-                last: Any = {"Bucket": bucket, "Key": key, "Body": data, "Metadata": {_TOKEN: token}}
+                last: Any = {"Bucket": bucket, "Key": key, "Body": bytes(data), "Metadata": {_TOKEN: token}}
                 last |= condition | self._encryption
                 self._write(lambda: self._once.put_object(**last), bucket, key, token)
                 return
@@ -147,7 +149,7 @@ class S3Store:
             upload = self._client.create_multipart_upload(**begin)["UploadId"]
             try:
                 whole: Any = {"Bucket": bucket, "Key": key, "UploadId": upload, **condition}
-                whole["MultipartUpload"] = {"Parts": self._upload_parts(bucket, key, upload, data)}
+                whole["MultipartUpload"] = {"Parts": self._upload_parts(bucket, key, upload, Pieces.of(data))}
                 self._write(lambda: self._once.complete_multipart_upload(**whole), bucket, key, token)
             except BaseException:
                 self._abort(bucket, key, upload)
@@ -250,18 +252,21 @@ class S3Store:
                 return None
             raise
 
-    def _upload_parts(self, bucket: str, key: str, upload: str, data: bytes) -> Sequence[dict[str, Any]]:
-        """Sends `data` in parts, some at a time; gives what the completion needs."""
-        view = memoryview(data)
+    def _upload_parts(self, bucket: str, key: str, upload: str, data: Pieces) -> Sequence[dict[str, Any]]:
+        """Sends `data` in parts, side by side; gives what the completion needs."""
 
-        def send(start: int) -> dict[str, Any]:
-            number = start // PART_BYTES + 1
-            part = bytes(view[start : start + PART_BYTES])
-            answer = self._client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=part)
+        def send(number: int) -> dict[str, Any]:
+            body: Any = Window(data, (number - 1) * PART_BYTES, number * PART_BYTES)
+            answer = self._client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=body)
             return {"ETag": answer["ETag"], "PartNumber": number}
 
-        with ThreadPoolExecutor(PART_THREADS) as threads:
-            return [*threads.map(send, range(0, len(data), PART_BYTES))]
+        parts = [self._senders.submit(send, number) for number in range(1, -(-len(data) // PART_BYTES) + 1)]
+        try:
+            return [part.result() for part in parts]
+        finally:  # after a failure too none is on its way any more, which the upload's abort would not free
+            for part in parts:
+                part.cancel()
+            wait(parts)
 
     def _abort(self, bucket: str, key: str, upload: str) -> None:
         """Frees the parts of a failed upload; those of a killed process stay until a lifecycle rule ends them."""

@@ -12,6 +12,7 @@ from claas_store.errors import StorageDenied
 from claas_store.folder import FolderStore
 from claas_store.limits import MAX_OBJECT_BYTES
 from claas_store.listing import Entry, Upload
+from claas_store.pieces import Pieces
 
 FILE_ROOTS = "CLAAS_FILE_ROOTS"
 
@@ -28,7 +29,7 @@ class Store(Protocol):
             StorageUnavailable, StorageDenied: the store fails or refuses.
         """
 
-    def put(self, uri: str, data: bytes, *, if_absent: bool = True) -> None:
+    def put(self, uri: str, data: bytes | Pieces, *, if_absent: bool = True) -> None:
         """Writes the object, which readers see whole or not at all.
 
         Raises:
