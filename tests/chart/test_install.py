@@ -259,7 +259,7 @@ def test_a_result_stands_until_the_operator_binds_anew(
     assert "a result of the current attempt stands" in said
     after = patch(mine.client, name, {"result": success, **PROGRESS})["status"]
     assert (after["result"]["outcome"], after["progress"]["phase"]) == ("Succeeded", "Loading"), "the same is no other"
-    write_status(kubectl, name, "merge", {"status": {"attempt": 2, "claim": None, "result": None}})
+    write_status(kubectl, name, {"status": {"attempt": 2, "claim": None, "result": None}})
     patch(mine.client, name, {"result": success | {"attempt": 2}})
 
 

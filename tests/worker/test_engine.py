@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,55 @@ def test_its_pass_is_the_models_own_forward_and_backward(kind: str) -> None:
                 assert own is not None
                 torch.testing.assert_close(gradient, own, rtol=1e-3, atol=2e-4 * float(own.abs().max()))
                 adapter.parameters[key].grad = None
+
+
+@pytest.fixture
+def unwritten_is_nan() -> Iterator[None]:
+    """Memory that nobody has written holds NaN, as it may at any time."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama3"])
+def test_a_cpu_in_bf16_reads_nothing_that_nobody_wrote(kind: str, unwritten_is_nan: None) -> None:
+    """Widths at which its products read columns past those they are given."""
+    wide = {"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config, model_class, more = KINDS[kind]
+    torch.manual_seed(0)
+    model = model_class(config(**{**FEW, **more, **wide})).to(torch.bfloat16).eval().requires_grad_(False)
+    engine = Engine(model)
+    bank = Bank(model, capacity_bytes=1 << 30)
+    bank.flatten(engine.places)
+    plan = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": SEVEN}
+    adapter = bank.add("s3://b/0/", plan, filled(bank, plan))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 300, (1, 64), generator=generator)
+    with bank.active([adapter]):
+        expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    weights = torch.randn(expected.shape, generator=generator).to(expected.dtype)
+    (expected * weights).sum().backward()
+    assert adapter.flat is not None
+    done = engine.forward(ids.tolist(), [adapter.flat])
+    start = done.start(0, 1)
+    assert cosine(done.hidden[start : start + 64], expected[0].detach()) > 0.999
+    done.gradient[start : start + 64] = weights[0]
+    done.backward()
+    out = torch.full_like(adapter.flat.weights, torch.nan)
+    done.collect(adapter.flat, out, add=False)
+    ours = adapter.flat.layout.split(out)
+    theirs = {key: adapter.parameters[key].grad for key in ours}
+    assert cosine(flat(ours), flat(theirs)) > 0.999
+
+
+def flat(gradients: Mapping[str, Any]) -> torch.Tensor:
+    """All of them, one after the other."""
+    return torch.cat([gradient.flatten().float() for gradient in gradients.values()])
+
+
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of all numbers at once."""
+    return float(torch.nn.functional.cosine_similarity(one.flatten().float(), other.flatten().float(), dim=0))
 
 
 @pytest.mark.parametrize("kind", FOREIGN)

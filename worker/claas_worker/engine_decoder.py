@@ -343,6 +343,8 @@ class Decoder:
     def _wide(self, like: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """New rows of so many columns, with and without the TAIL behind them."""
         wide = like.new_empty(like.shape[0], columns + TAIL)
+        if not wide.is_cuda:  # a CPU's bf16 product reads columns past its own, and NaN times 0 is NaN
+            wide[:, columns:] = 0
         return wide, wide[:, :columns]
 
     def _linear(
