@@ -69,7 +69,7 @@ learning: env ## does repeated feedback teach? 4 preferences, 3 arms, 3 seeds (h
 	$(PY) -m learning verdict --out build/learning.json
 
 .PHONY: fuzz-api
-fuzz-api: env ## ten thousand generated calls of the REST API, and as many valid ones (20 minutes on a busy machine)
+fuzz-api: env ## ten thousand generated calls of the REST API, and as many valid ones (minutes)
 	CLAAS_FUZZ_EXAMPLES=600 $(PY) -m pytest tests/shim/test_fuzz.py -q -s --stress
 
 .PHONY: bench-api
@@ -82,7 +82,7 @@ bench-student: env ## the training step on a GPU against plain PEFT: times, equa
 	$(PY) tests/bench/student_step.py --exact --profile --mixed 60 --out build/student.json
 
 .PHONY: bench-trl
-bench-trl: env ## the training step on a GPU against the SDPO trainer of TRL, whose packages are fetched for it (3 minutes)
+bench-trl: env ## the training step on a GPU against the SDPO trainer of TRL, whose packages are fetched for it (minutes)
 	@mkdir -p build
 	$(PY) tests/bench/step_against_trl.py --out build/trl.json
 
