@@ -56,6 +56,7 @@ IN_FLIGHT = 32  # writes of users at a time; more only wait in the API server
 WORKERS, BATCH = 8, 4
 IDLE_REQUESTS = 200
 SAMPLE_SECONDS = 0.5
+PROGRESS_SECONDS = 15
 STEP_SECONDS = 0.5  # of a flood's requests
 SINGLES = 20
 PROBE_GROUP = "raw.example.com"  # a copy of our kind that nobody watches
@@ -422,9 +423,13 @@ async def load(control_plane: ControlPlane, release: Release, plan: Plan) -> Raw
     with sampled(operator.pid) as memory:
         async with users(control_plane) as somebody:
             creating = asyncio.create_task(create(somebody, plan, "r"))
+            said = time.monotonic()
             while len(story.complete) + len(story.failed) < plan.requests:
                 await asyncio.sleep(SAMPLE_SECONDS)
                 await asyncio.to_thread(story.read)
+                if time.monotonic() - said >= PROGRESS_SECONDS:
+                    said = time.monotonic()
+                    _say(f"load: {len(story.created)} created, {len(story.complete)} of {plan.requests} complete")
                 assert operator.poll() is None, "the operator has died"
                 assert time.monotonic() < limit, f"{len(story.complete)} of {plan.requests} complete, no more time"
             await creating
