@@ -56,8 +56,9 @@ class World:
         self._heard = len(self.api.log)
         self._apply = Apply(self.api, self.snapshot, self.settings, lambda: True, lambda: later(self.now))  # type: ignore[arg-type]
 
-    def restart(self) -> None:
-        """The operator is another process, that has listed everything."""
+    def restart(self, using: Settings | None = None) -> None:
+        """The operator is another process, that has listed everything; with other settings, if any are given."""
+        self.settings = using or self.settings
         self._begin()
 
     def create(self, name: str, namespace: str, **spec: Any) -> None:
@@ -110,7 +111,9 @@ class World:
                 self.workers[worker.name] = worker
                 self.jobs.append(self.now)
                 taken = {"startTime": format_time(later(self.now))}
-                self.api.add(pod(worker.name, job=name, uid=f"uid-{worker.name}", namespace=namespace, status=taken))
+                made = pod(worker.name, job=name, uid=f"uid-{worker.name}", namespace=namespace, status=taken)
+                made["metadata"]["annotations"] = raw["spec"]["template"]["metadata"]["annotations"]
+                self.api.add(made)
         for worker in list(self.workers.values()):
             self._work(worker)
 
@@ -134,7 +137,7 @@ class World:
                 self._report(uid)
         if worker.running or mine:
             worker.idle_since = self.now
-        elif self.now - max(worker.idle_since, worker.ready_at) >= worker.linger:
+        elif self.now - max(worker.idle_since, worker.ready_at) >= self._linger(worker):
             self.api.change(*key, {"status": {"phase": "Succeeded"}})
             end = {"type": "Complete", "status": "True", "lastTransitionTime": format_time(later(self.now))}
             self.api.change(Kind.JOB, HOME, worker.job, {"status": {"conditions": [end]}})
@@ -150,6 +153,11 @@ class World:
             )
         else:
             self.api.add(beat)
+
+    def _linger(self, worker: Worker) -> float:
+        """As it was started, or as its Lease has told it since."""
+        told = self.api.objects.get((Kind.LEASE, HOME, worker.name), {}).get("metadata", {}).get("annotations", {})
+        return float(told.get(names.LINGER_SECONDS, worker.linger))
 
     def _report(self, uid: str) -> None:
         entry = self.snapshot.requests[uid]

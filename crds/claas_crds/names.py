@@ -34,6 +34,10 @@ LEASE_RUNNING: Final = f"{GROUP}/running"  # uids, comma-separated
 STATE_STARTING: Final = "Starting"
 STATE_READY: Final = "Ready"
 STATE_DRAINING: Final = "Draining"
+# How long a worker stays without work: on its Pod as it was started; on its Lease what the operator has told it since.
+LINGER_SECONDS: Final = f"{GROUP}/linger-seconds"
+# On a worker's Job and Pod: which settings of its pool it was started with, as a hash.
+EDITION: Final = f"{GROUP}/edition"
 # On the operator's ClusterRole: namespaces that its release serves, comma-separated, or "*".
 OPERATOR_NAMESPACES: Final = f"{GROUP}/namespaces"
 

@@ -242,9 +242,14 @@ class StartDeletion(StartJob):
 
 @dataclass(frozen=True, kw_only=True)
 class StopJob(Action):
-    """An operation that must not go on: its Job is deleted, and its Pod with it."""
+    """What must not go on, an operation or a worker that is not Ready: its Job is deleted, and its Pod with it.
+
+    Attributes:
+        pod: of a worker; its Lease is read live, and must not say that it was ever Ready.
+    """
 
     job: Job
+    pod: Pod | None = None
 
     @property
     def key(self) -> str:
@@ -253,6 +258,23 @@ class StopJob(Action):
     @property
     def about(self) -> str:
         return str(self.job)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tell(Action):
+    """A Ready worker learns how long it may stay without work from now on. Whatever is bound to it, it runs."""
+
+    pod: Pod
+    lease: Lease
+    linger_seconds: float
+
+    @property
+    def key(self) -> str:
+        return self.pod.uid
+
+    @property
+    def about(self) -> str:
+        return str(self.pod)
 
 
 class Fault(StrEnum):

@@ -35,9 +35,10 @@ from claas_operator.actions import (
     StartDeletion,
     StartJob,
     StopJob,
+    Tell,
 )
 from claas_operator.api import FAILURES, Api, describe
-from claas_operator.jobs import selector
+from claas_operator.jobs import number, selector
 from claas_operator.references import References, beside
 from claas_operator.settings import Settings
 from claas_operator.snapshot import Adapter, Entry, Kind, Lease, Pod, Request, Snapshot, format_time, succeeded
@@ -105,7 +106,9 @@ class Apply:
             case Fence():
                 await self._fence(action)
             case StopJob():
-                await self._delete(Kind.JOB, action.job)
+                await self._stop(action)
+            case Tell():
+                await self._tell(action)
             case DeleteRequest():
                 await self._delete(Kind.REQUEST, action.request)
             case _:
@@ -128,23 +131,21 @@ class Apply:
 
     async def _finalize(self, action: Finalize) -> None:
         adapter = action.adapter
-        self._may_write()
         if action.left:
             log.warning("versions left", extra={"object": str(adapter), "uid": adapter.uid, "head": action.left})
+        finalizers = list(action.finalizers)
+        await self._patch_metadata(Kind.ADAPTER, adapter, {"uid": adapter.uid, "finalizers": finalizers})
+
+    async def _patch_metadata(self, kind: Kind, entry: Entry, metadata: dict[str, Any]) -> None:
+        self._may_write()
         try:
-            answer = await self._api.patch_metadata(
-                Kind.ADAPTER,
-                adapter.namespace,
-                adapter.name,
-                adapter.version,
-                {"uid": adapter.uid, "finalizers": list(action.finalizers)},
-            )
+            answer = await self._api.patch_metadata(kind, entry.namespace, entry.name, entry.version, metadata)
         except ApiException as error:
             if error.status in _LOST_CODES:
-                await self._refresh(Kind.ADAPTER, adapter)
+                await self._refresh(kind, entry)
                 raise Lost(f"{describe(error)}: the object has changed") from error
             raise
-        self._snapshot.put(Kind.ADAPTER, answer, self._clock())
+        self._snapshot.put(kind, answer, self._clock())
 
     async def _commit(self, action: Commit) -> None:
         """The request is read after the adapter's resourceVersion was, so that no Retry or End can be in between."""
@@ -253,9 +254,13 @@ class Apply:
                 self._snapshot.put(Kind.JOB, found, self._clock())
                 return
             stem, _, counter = action.name.rpartition("-")
-            self._snapshot.taken_counters[action.namespace, stem] = int(counter)
+            self._took(action.namespace, stem, int(counter))
             raise Lost("the Job's name is taken") from error
         self._snapshot.put(Kind.JOB, answer, self._clock())
+
+    def _took(self, namespace: str, stem: str, counter: int) -> None:
+        taken = self._snapshot.taken_counters
+        taken[namespace, stem] = max(counter, taken.get((namespace, stem), 0))
 
     async def _delete_versions(self, action: StartDeletion) -> None:
         """Who needs which version is read live, whole: what was tombstoned before is safe from whoever comes after.
@@ -311,6 +316,23 @@ class Apply:
         await self._delete(Kind.POD, pod, grace_seconds=0 if action.fault is Fault.STUCK else None)
         if action.fault is Fault.STUCK and pod.uid in self._snapshot.pods:
             raise Lost("the Pod is still there: somebody's finalizer holds it")
+
+    async def _stop(self, action: StopJob) -> None:
+        if (pod := action.pod) is not None:
+            raw = await self._api.get(Kind.LEASE, pod.namespace, pod.name)
+            lease = self._snapshot.put(Kind.LEASE, raw, self._clock()) if raw is not None else None
+            if isinstance(lease, Lease) and lease.holder == pod.uid and lease.state != names.STATE_STARTING:
+                raise Lost("the worker is Ready by now")
+        await self._delete(Kind.JOB, action.job)
+        # Not the name again: its Pod may still be there.
+        stem, _, _ = action.job.name.rpartition("-")
+        self._took(action.job.namespace, stem, action.job.counter)
+
+    async def _tell(self, action: Tell) -> None:
+        """With the resourceVersion: the worker's next write, which carries an older one, fails, and it reads."""
+        lease = action.lease
+        annotations = {names.LINGER_SECONDS: number(action.linger_seconds)}
+        await self._patch_metadata(Kind.LEASE, lease, {"uid": lease.uid, "annotations": annotations})
 
     async def _delete(self, kind: Kind, entry: Entry, grace_seconds: int | None = None) -> None:
         self._may_write()

@@ -53,20 +53,22 @@ def build_worker_job(
     """
     labels = selector(settings, names.COMPONENT_WORKER) | {names.POOL_LABEL: pool.name}
     watched = "" if pool.isolation == "Shared" else namespace
+    linger = number(NEVER_SECONDS if stays else pool.linger_seconds)
+    annotations = {names.LINGER_SECONDS: linger, names.EDITION: pool.edition}
     environment = [
         {"name": names.ENV_INSTANCE, "value": settings.instance},
         {"name": names.ENV_POOL, "value": pool.name},
         {"name": names.ENV_BASE_MODEL, "value": pool.base_model},
-        {"name": names.ENV_LINGER_SECONDS, "value": _number(NEVER_SECONDS if stays else pool.linger_seconds)},
+        {"name": names.ENV_LINGER_SECONDS, "value": linger},
         {"name": names.ENV_MAX_REQUESTS, "value": str(pool.max_requests)},
         {"name": names.ENV_BATCH, "value": str(pool.batch)},
         {"name": names.ENV_WATCH_NAMESPACE, "value": watched},
-        {"name": names.ENV_LEASE_SECONDS, "value": _number(settings.timings.lease_seconds)},
+        {"name": names.ENV_LEASE_SECONDS, "value": number(settings.timings.lease_seconds)},
         _from_field(names.ENV_POD_NAME, "metadata.name"),
         _from_field(names.ENV_POD_NAMESPACE, "metadata.namespace"),
         _from_field(names.ENV_POD_UID, "metadata.uid"),
     ]
-    template = _stamp(pool.template, labels, WORKER_CONTAINER, environment)
+    template = _stamp(pool.template, labels, WORKER_CONTAINER, environment, annotations)
     spec = {
         "backoffLimit": 0,  # the operator starts another one, under another name, when there is work
         "ttlSecondsAfterFinished": settings.timings.worker_ttl_seconds,
@@ -75,7 +77,7 @@ def build_worker_job(
     name = f"{worker_stem(settings, pool)}-{counter}"
     # Of the Job alone: Kueue's own webhook then suspends it, and lets it go when its quota allows.
     queue = {names.KUEUE_QUEUE_LABEL: pool.queue_name} if pool.queue_name else {}
-    return _job(settings, name, namespace, labels | queue, spec, owner_uid)
+    return _job(settings, name, namespace, labels | queue, spec, owner_uid, annotations)
 
 
 def create_arguments(settings: Settings, adapter: Adapter) -> list[str]:
@@ -93,7 +95,7 @@ def create_arguments(settings: Settings, adapter: Adapter) -> list[str]:
         *("--base-model", adapter.spec.base_model),
         *("--model-dir", settings.operations.model_dir),
         *("--r", str(lora.r)),
-        *("--alpha", _number(lora.alpha)),
+        *("--alpha", number(lora.alpha)),
         *("--target-modules", ",".join(lora.target_modules)),
         *("--adapter-uid", adapter.uid),
         *(("--init-from", adapter.spec.init_from.uri) if adapter.spec.init_from else ()),
@@ -133,7 +135,7 @@ def build_operation_job(
     return _job(settings, name, namespace, labels, spec, owner_uid)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Without an exponent or a needless fraction, and without loss."""
     return str(int(value)) if value == int(value) else repr(value)
 
@@ -142,11 +144,19 @@ def _from_field(name: str, path: str) -> Manifest:
     return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
-def _stamp(template: Manifest, labels: dict[str, str], name: str, environment: list[Manifest]) -> Manifest:
-    """A copy of the chart's template with our labels, no restarts, and our environment in the container `name`."""
+def _stamp(
+    template: Manifest,
+    labels: dict[str, str],
+    name: str,
+    environment: list[Manifest],
+    annotations: dict[str, str] | None = None,
+) -> Manifest:
+    """A copy of the chart's template with our metadata, no restarts, and our environment in the container `name`."""
     stamped = copy.deepcopy(template)
     metadata = stamped.setdefault("metadata", {})
     metadata["labels"] = (metadata.get("labels") or {}) | labels
+    if annotations:
+        metadata["annotations"] = (metadata.get("annotations") or {}) | annotations
     # A container that restarted inside its Pod would train under the claim of the one before.
     stamped["spec"]["restartPolicy"] = "Never"
     container = next(c for c in stamped["spec"]["containers"] if c["name"] == name)
@@ -157,9 +167,17 @@ def _stamp(template: Manifest, labels: dict[str, str], name: str, environment: l
 
 
 def _job(
-    settings: Settings, name: str, namespace: str, labels: dict[str, str], spec: Manifest, owner_uid: str | None
+    settings: Settings,
+    name: str,
+    namespace: str,
+    labels: dict[str, str],
+    spec: Manifest,
+    owner_uid: str | None,
+    annotations: dict[str, str] | None = None,
 ) -> Manifest:
     metadata: Manifest = {"name": name, "namespace": namespace, "labels": labels}
+    if annotations:
+        metadata["annotations"] = annotations
     if namespace == settings.namespace and (owners := owner_references(settings, owner_uid)):
         metadata["ownerReferences"] = owners
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}

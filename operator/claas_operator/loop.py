@@ -17,7 +17,20 @@ from typing import Any, Final
 
 from kubernetes.aio.client.exceptions import ApiException
 
-from claas_operator.actions import Action, Bind, Collect, Commit, End, Fence, Forget, Lock, OnRequest, Rollback, Say
+from claas_operator.actions import (
+    Action,
+    Bind,
+    Collect,
+    Commit,
+    End,
+    Fence,
+    Forget,
+    Lock,
+    OnRequest,
+    Rollback,
+    Say,
+    Tell,
+)
 from claas_operator.api import FAILURES, Api, describe
 from claas_operator.apply import Apply, Lost
 from claas_operator.jobs import owner_references
@@ -324,6 +337,8 @@ def _details(action: Action) -> dict[str, Any]:
             return about | {"reason": action.reason}
         case OnRequest():
             return about | {"reason": action.status.get("reason", ""), "state": action.status.get("state", "")}
+        case Tell():
+            return about | {"lingerSeconds": action.linger_seconds}
         case Fence():
             return about | {"fault": action.fault.value}
         case Rollback():

@@ -43,7 +43,7 @@ from claas_operator.retention import sweep_soon
 from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Adapter, Entry, Request, Snapshot, succeeded
 from claas_operator.usage import day_after, shares
-from claas_operator.workers import Demand, Fleet, Scope, backoff, fences, lost, pod_of, start_workers, survey
+from claas_operator.workers import Demand, Fleet, Scope, backoff, fences, let_go, lost, pod_of, start_workers, survey
 from claas_store.errors import StoreError, UriInvalid
 from claas_store.uris import is_beside, parent_folder, version_name
 
@@ -158,6 +158,7 @@ class _Planner:
         self._expire()
         self._assign(fleet)
         self.then += start_workers(self.snapshot, self.settings, fleet, self.demands, self.now, self.wake)
+        self.then += let_go(self.settings, fleet)
         self._say_no_capacity(fleet)
         operations = Registry(self.snapshot.jobs.values(), self.snapshot.pods.values())
         references = References(self.snapshot.named, self.settings)

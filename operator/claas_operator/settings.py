@@ -5,6 +5,8 @@ The chart renders it into a ConfigMap; an error names the key and is seen at sta
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -102,6 +104,12 @@ class Pool(_Part):
     operation_template: dict[str, Any] | None = Field(
         None, description="operations.template of this pool's adapters: with isolation Namespace, as the tenant."
     )
+
+    @cached_property
+    def edition(self) -> str:
+        """A hash of what a worker cannot learn of after its start."""
+        parts = self.model_dump(include={"isolation", "base_model", "max_requests", "batch", "template"})
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @field_validator("template")
     @classmethod

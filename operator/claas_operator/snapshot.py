@@ -207,6 +207,8 @@ class Pod(Entry):
     component: str
     pool: str
     job: str
+    edition: str  # of its pool's settings, those that it was started with
+    linger_seconds: float  # without work, as it was started; zero where it does not say
     phase: str
     started: datetime | None  # a kubelet has taken it
     trouble: str  # why it does not start, if it does not
@@ -224,6 +226,7 @@ class Job(Entry):
 
     component: str
     pool: str
+    edition: str  # of its pool's settings, those that it was made with
     operation: str
     adapter_uid: str
     made_for: int  # generation of the adapter that it was made for
@@ -248,6 +251,7 @@ class Lease(Entry):
     holder: str  # uid of the Pod
     state: str
     running: frozenset[str]
+    told: float | None  # what it was told of lingerSeconds since its Pod was started
     renewed: str  # as the worker wrote it; never compared with our clock
     observed: datetime  # when we saw `renewed` change: no clock of another machine matters
 
@@ -500,11 +504,12 @@ def parse(kind: Kind, raw: Raw, now: datetime, known: AnyEntry | None = None) ->
         return _adapter(raw, common)
     labels = {_text(key): _text(value) for key, value in (metadata.get("labels") or {}).items()}
     component, pool = labels.get(names.COMPONENT_LABEL, ""), labels.get(names.POOL_LABEL, "")
+    annotations = {_text(key): _text(value) for key, value in (metadata.get("annotations") or {}).items()}
     if kind is Kind.POD:
-        return _pod(raw, common, component, pool, labels.get("batch.kubernetes.io/job-name", ""))
+        return _pod(raw, common, component, pool, labels.get("batch.kubernetes.io/job-name", ""), annotations)
     if kind is Kind.JOB:
-        return _job(raw, common, component, pool, labels)
-    return _lease(raw, common, now, known if isinstance(known, Lease) else None)
+        return _job(raw, common, component, pool, labels, annotations)
+    return _lease(raw, common, now, known if isinstance(known, Lease) else None, annotations)
 
 
 def _text(value: object) -> str:
@@ -632,13 +637,15 @@ def _init_from(spec: object) -> str:
     return uri if isinstance(uri, str) else ""
 
 
-def _pod(raw: Raw, common: dict[str, Any], component: str, pool: str, job: str) -> Pod:
+def _pod(raw: Raw, common: dict[str, Any], component: str, pool: str, job: str, annotations: Mapping[str, str]) -> Pod:
     status = raw.get("status") or {}
     return Pod(
         **common,
         component=component,
         pool=pool,
         job=job,
+        edition=sys.intern(annotations.get(names.EDITION, "")),
+        linger_seconds=_seconds(annotations.get(names.LINGER_SECONDS, "")) or 0.0,
         phase=_text(status.get("phase", "")),
         started=parse_time(status.get("startTime")),
         trouble=_trouble(status),
@@ -668,7 +675,9 @@ def _answer(status: Raw) -> str:
     return ""
 
 
-def _job(raw: Raw, common: dict[str, Any], component: str, pool: str, labels: Raw) -> Job:
+def _job(
+    raw: Raw, common: dict[str, Any], component: str, pool: str, labels: Raw, annotations: Mapping[str, str]
+) -> Job:
     final = {c.get("type"): c for c in (raw.get("status") or {}).get("conditions") or [] if c.get("status") == "True"}
     # FailureTarget and SuccessCriteriaMet come before the last Pod has ended; the Job is over with these two only.
     end = final.get("Failed") or final.get("Complete")
@@ -676,6 +685,7 @@ def _job(raw: Raw, common: dict[str, Any], component: str, pool: str, labels: Ra
         **common,
         component=component,
         pool=pool,
+        edition=sys.intern(annotations.get(names.EDITION, "")),
         operation=labels.get(names.OPERATION_LABEL, ""),
         adapter_uid=labels.get(names.ADAPTER_UID_LABEL, ""),
         made_for=_number(labels.get(names.GENERATION_LABEL, "")) or 1,
@@ -693,15 +703,26 @@ def _number(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
-def _lease(raw: Raw, common: dict[str, Any], now: datetime, known: Lease | None) -> Lease:
+def _seconds(text: str) -> float | None:
+    """None for what is no number of them."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if value >= 0 else None
+
+
+def _lease(
+    raw: Raw, common: dict[str, Any], now: datetime, known: Lease | None, annotations: Mapping[str, str]
+) -> Lease:
     spec = raw.get("spec") or {}
-    annotations = raw["metadata"].get("annotations") or {}
     renewed = str(spec.get("renewTime") or "")
     return Lease(
         **common,
         holder=str(spec.get("holderIdentity") or ""),
-        state=_text(annotations.get(names.LEASE_STATE, "")),
-        running=frozenset(uid for uid in _text(annotations.get(names.LEASE_RUNNING, "")).split(",") if uid),
+        state=annotations.get(names.LEASE_STATE, ""),
+        running=frozenset(uid for uid in annotations.get(names.LEASE_RUNNING, "").split(",") if uid),
+        told=_seconds(annotations.get(names.LINGER_SECONDS, "")),
         renewed=renewed,
         observed=known.observed if known is not None and known.renewed == renewed else now,
     )

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from claas_crds import names
-from claas_operator.actions import Bind, Fault, Fence, Lock, Note, StartJob
+from claas_operator.actions import Bind, Fault, Fence, Lock, Note, StartJob, StopJob, Tell
 from claas_operator.jobs import build_worker_job, worker_stem
 from claas_operator.settings import Pool, Settings
 from claas_operator.snapshot import Job, Kind, Lease, Pod, Request, Snapshot
@@ -40,6 +40,40 @@ class Worker:
 
 
 @dataclass
+class Stint:
+    """A worker Job that has not finished, with its Pod and its Lease as far as there are any."""
+
+    job: Job
+    pod: Pod | None
+    lease: Lease | None
+    outdated: bool  # its pool starts others by now, or is no more
+    holds: bool  # something is bound to it, or about to be
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return self.lease is not None and self.lease.state == names.STATE_READY
+
+    @property
+    def starts(self) -> bool:
+        """Whether it was never Ready."""
+        return self.lease is None or self.lease.state == names.STATE_STARTING
+
+    @property
+    def goes(self) -> bool:
+        """Whether it takes nothing more."""
+        told = self.lease is not None and (self.lease.state == names.STATE_DRAINING or self.lease.told == 0)
+        return told or self.outdated or (self.pod is not None and self.pod.deleting is not None)
+
+    @property
+    def linger_seconds(self) -> float:
+        """How long it stays without work, as far as it knows."""
+        if self.lease is not None and self.lease.told is not None:
+            return self.lease.told
+        return self.pod.linger_seconds if self.pod else 0.0
+
+
+@dataclass
 class Fleet:
     """The workers of every scope, with what they may still take."""
 
@@ -47,6 +81,7 @@ class Fleet:
     starting: Counter[Scope] = field(default_factory=Counter)  # worker Jobs on their way to Ready
     alive: Counter[Scope] = field(default_factory=Counter)  # worker Jobs that hold, or will hold, a GPU
     draining: Counter[Scope] = field(default_factory=Counter)  # of these, the ones that take nothing more
+    stints: dict[Scope, list[Stint]] = field(default_factory=lambda: defaultdict(list))
     served: Counter[tuple[str, str]] = field(default_factory=Counter)  # by a worker's namespace and name
     latest: dict[Scope, datetime] = field(default_factory=dict)  # when something was last given to one of them
     trouble: dict[Scope, str] = field(default_factory=dict)  # why a worker does not start
@@ -121,8 +156,12 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
         if isinstance(action, (Bind, Lock)) and action.worker:
             load[workplace(action.request, snapshot, settings), action.worker] += 1
     pods_of_job: dict[tuple[str, str], Pod] = {}
+    over = set[tuple[str, str]]()  # Jobs that are about to finish
     for pod in snapshot.pods.values():
-        if pod.component != names.COMPONENT_WORKER or pod.over:
+        if pod.component != names.COMPONENT_WORKER:
+            continue
+        if pod.over:
+            over.add((pod.namespace, pod.job))
             continue
         scope = (pod.pool, pod.namespace)
         pods_of_job[pod.namespace, pod.job] = pod
@@ -141,17 +180,22 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
         if pod.namespace != settings.namespace and snapshot.pod(settings.namespace, pod.name) is not None:
             continue  # no accident: what is bound to it could be taken for the Shared worker's
         key = (pod.namespace, pod.name)
-        slots = 0 if key in begun else min(pool.batch - load[key], pool.max_requests - fleet.served[key])
+        goes = key in begun or lease.told == 0 or _outdated(pod, pool)
+        slots = 0 if goes else min(pool.batch - load[key], pool.max_requests - fleet.served[key])
         fleet.ready[scope].append(Worker(pod.name, load[key], slots))
     for job in _unfinished(snapshot):
         scope = (job.pool, job.namespace)
         fleet.alive[scope] += 1
         its_pod = pods_of_job.get((job.namespace, job.name))
         lease = snapshot.lease_of(its_pod) if its_pod else None
-        if (its_pod and its_pod.deleting) or (lease and lease.state == names.STATE_DRAINING):
+        holds = its_pod is not None and load[its_pod.namespace, its_pod.name] > 0
+        stint = Stint(job, its_pod, lease, _outdated(job, settings.pool(job.pool)), holds)
+        if stint.goes:
             fleet.draining[scope] += 1
-        elif lease is None or lease.state == names.STATE_STARTING:
+        elif stint.starts:
             fleet.starting[scope] += 1
+        if its_pod is not None or (job.namespace, job.name) not in over:
+            fleet.stints[scope].append(stint)
         if its_pod is None and job.suspended:
             # Kueue holds it back, or has taken its Pod away again; it goes on as the same Job.
             fleet.trouble.setdefault(
@@ -170,6 +214,11 @@ def survey(snapshot: Snapshot, settings: Settings, now: datetime, wake: Wake) ->
             fleet.alive[action.pool, action.namespace] += 1
             fleet.starting[action.pool, action.namespace] += 1
     return fleet
+
+
+def _outdated(started: Pod | Job, pool: Pool | None) -> bool:
+    """Whether a worker was started with other settings than its pool's; of one that does not say, nobody knows."""
+    return bool(started.edition) and (pool is None or pool.edition != started.edition)
 
 
 def _served(snapshot: Snapshot, settings: Settings) -> Counter[tuple[str, str]]:
@@ -233,6 +282,41 @@ def start_workers(
                 if why := snapshot.failing.get(start.key):
                     fleet.trouble.setdefault(scope, refused(start.name, why))
                 yield start
+
+
+def let_go(settings: Settings, fleet: Fleet) -> Iterator[Tell | StopJob]:
+    """Workers that the pools do not keep any more.
+
+    As many as `minWorkers` stay for good; what was kept beyond that stays as long as others do, `lingerSeconds`. What
+    a pool has no room for, or was started with other settings, leaves as soon as it has nothing to do. The worker
+    itself does so, when told: it shows that it drains, and runs what was bound to it before that was seen. One that
+    was never Ready has nothing, and is stopped.
+    """
+    for scope, stints in sorted(fleet.stints.items()):
+        pool = settings.pool(scope[0])
+        if scope[1] != settings.namespace and (pool is None or pool.isolation == "Shared"):
+            continue  # another release's, if anybody's
+        stints = [stint for stint in stints if stint.job.edition]  # others come from elsewhere
+        # Who goes first: what is not Ready, then what leaves soonest anyway, then what has nothing to do.
+        stints.sort(key=lambda s: (s.ready, s.linger_seconds, s.holds, -s.job.counter))
+        current = [stint for stint in stints if not stint.goes]
+        excess = len(current) - pool.max_workers if pool else 0
+        going = [stint for stint in stints if stint.outdated] + current[: max(0, excess)]
+        for stint in going:
+            if stint.starts and not stint.holds and not (stint.pod and stint.pod.deleting):
+                yield StopJob(job=stint.job, pod=stint.pod)
+            else:
+                yield from _tell(stint, 0)
+        if pool is None:
+            continue
+        kept = [s for s in current if s.ready and s not in going and s.linger_seconds > pool.linger_seconds]
+        for stint in kept[: max(0, len(kept) - pool.min_workers)]:
+            yield from _tell(stint, pool.linger_seconds)
+
+
+def _tell(stint: Stint, linger_seconds: float) -> Iterator[Tell]:
+    if stint.ready and stint.pod and stint.lease and stint.linger_seconds > linger_seconds:
+        yield Tell(pod=stint.pod, lease=stint.lease, linger_seconds=linger_seconds)
 
 
 def refused(job: str, why: str) -> str:

@@ -284,6 +284,55 @@ def test_a_worker_that_never_gets_a_request_ends(stage: WorkerStage) -> None:
     assert stage.wait_exit(process) == 0
 
 
+def tell(stage: WorkerStage, linger_seconds: str) -> None:
+    """As the operator does."""
+    path = f"/apis/coordination.k8s.io/v1/namespaces/{stage.namespace}/leases/{stage.pod}"
+    stage.api("PATCH", path, {"metadata": {"annotations": {names.LINGER_SECONDS: linger_seconds}}})
+
+
+def told(stage: WorkerStage) -> str:
+    """What the Lease says of it."""
+    lease = stage.lease()
+    assert lease is not None
+    return str(lease["metadata"]["annotations"].get(names.LINGER_SECONDS, ""))
+
+
+def test_a_worker_that_is_told_not_to_linger_any_more_leaves(stage: WorkerStage) -> None:
+    """Also one that has never had a request: it was started for none in particular."""
+    process = ready(stage, LINGER_SECONDS="31536000", LEASE_SECONDS="1.5")
+    began = time.monotonic()
+    tell(stage, "1.5")
+    assert stage.wait_exit(process) == 0
+    assert time.monotonic() - began < 5
+    assert (stage.state(), told(stage)) == (names.STATE_DRAINING, "1.5")
+
+
+def test_what_is_bound_to_a_worker_that_was_told_to_leave_is_run(stage: WorkerStage) -> None:
+    """While it runs something, and in the moment in which it is told."""
+    gate = Gate(stage.folder)
+    process = ready(stage, LINGER_SECONDS="31536000", LEASE_SECONDS="1.5")
+    first = stage.bound("hold")
+    stage.wait("the claim", lambda: "claim" in stage.status(first))
+    tell(stage, "0")
+    stage.wait("the word to be heard", lambda: any(line["message"] == "told" for line in stage.lines()))
+    second = stage.bound()
+    assert (stage.state(), process.poll()) == (names.STATE_READY, None)
+    gate.open()
+    assert stage.wait_exit(process) == 0
+    for name in (first, second):
+        status = stage.status(name)
+        assert (status["result"]["outcome"], status["attempt"]) == ("Succeeded", 1)
+
+
+def test_a_word_that_is_no_duration_changes_nothing(stage: WorkerStage) -> None:
+    process = ready(stage, LINGER_SECONDS="31536000", LEASE_SECONDS="1.5")
+    tell(stage, "soon")
+    stage.wait("the word to be read", lambda: any("not a number" in line["message"] for line in stage.lines()))
+    assert stage.wait_result(stage.bound())["outcome"] == "Succeeded"
+    tell(stage, "0")
+    assert stage.wait_exit(process) == 0
+
+
 def test_linger_0_and_max_requests_1_is_one_job_per_request(stage: WorkerStage) -> None:
     """It waits for its first request, shows Draining while that runs, and leaves the next one alone."""
     gate = Gate(stage.folder)

@@ -39,7 +39,8 @@ REMEMBERED = 10_000  # attempts that this worker will not run a second time
 
 
 class Agent:
-    """Serves requests until it has been idle for `linger_seconds`, has served `max_requests`, or is told to stop.
+    """Serves requests until it has been idle for `linger_seconds`, or for what its Lease tells it since, has served
+    `max_requests`, or is told to stop.
 
     Args:
         requests: the API server's side.
@@ -49,6 +50,10 @@ class Agent:
 
     def __init__(self, requests: Requests, lease: WorkerLease, settings: AgentSettings) -> None:
         self._requests, self._lease, self._settings = requests, lease, settings
+        self._linger_seconds = settings.linger_seconds
+        # A worker that does not linger at all must still meet the request that it was started for.
+        self._first_seconds = settings.first_request_seconds
+        lease.told = self._told
         # Requests as the watch finds them; None wakes the loop. A signal handler may put into a SimpleQueue, not lock.
         self._inbox: queue.SimpleQueue[Bound | None] = queue.SimpleQueue()
         self._stopping = False  # SIGTERM: nothing more is started
@@ -65,6 +70,12 @@ class Agent:
         self._inbox.put(None)
         if self._loading:
             raise SystemExit(0)
+
+    def _told(self, linger_seconds: float) -> None:
+        """The operator wants it to leave after being idle for so long."""
+        log.info("told", extra={"linger_seconds": linger_seconds})
+        self._linger_seconds, self._first_seconds = linger_seconds, 0.0
+        self._inbox.put(None)
 
     def run(self, load: Callable[[], Step]) -> None:
         """Shows Starting, loads the step (seconds), shows Ready, serves, drains, returns.
@@ -92,17 +103,16 @@ class Agent:
 
     def _serve(self, step: Step) -> None:
         """Runs what is bound here, until there is a reason to drain."""
-        # A worker that does not linger at all must still meet the request that it was started for.
-        idle_seconds = max(self._settings.linger_seconds, self._settings.first_request_seconds)
         idle_since = monotonic()
         while not self._stopping and not self._draining:
+            idle_seconds = max(self._linger_seconds, self._first_seconds)
             try:
                 request = self._inbox.get(timeout=max(0.0, idle_since + idle_seconds - monotonic()))
             except queue.Empty:
                 log.info("idle", extra={"seconds": idle_seconds})
                 return
             if request is not None and self._run(request, step):
-                idle_seconds, idle_since = self._settings.linger_seconds, monotonic()
+                idle_since, self._first_seconds = monotonic(), 0.0
 
     def _drain(self, step: Step) -> None:
         """Shows Draining, then runs what was bound before that was seen, unless told to stop."""

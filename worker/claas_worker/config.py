@@ -208,7 +208,7 @@ def _agent_flags(parser: argparse.ArgumentParser) -> None:
     )
     _flag(group, "--pool", names.ENV_POOL, "", "NAME", "its pool, a label of the Lease")
     _flag(group, "--instance", names.ENV_INSTANCE, "", "NAME", "its Helm release, a label of the Lease")
-    _flag(group, "--linger-seconds", names.ENV_LINGER_SECONDS, "300", "S", "end after being idle for so long", _seconds)
+    _flag(group, "--linger-seconds", names.ENV_LINGER_SECONDS, "300", "S", "end after being idle for so long", seconds)
     _flag(
         group,
         "--max-requests",
@@ -226,7 +226,7 @@ def _agent_flags(parser: argparse.ArgumentParser) -> None:
     _flag(
         *(group, "--first-request-seconds", "CLAAS_FIRST_REQUEST_SECONDS", "60", "S"),
         "patience for the first request, where --linger-seconds is shorter",
-        _seconds,
+        seconds,
     )
     _flag(
         *(group, "--lease-seconds", names.ENV_LEASE_SECONDS, "15", "S"),
@@ -264,12 +264,17 @@ def _positive(text: str) -> int:
 
 
 def _above_zero(text: str) -> float:
-    if not (value := _seconds(text)):
+    if not (value := seconds(text)):
         raise argparse.ArgumentTypeError("0 is too short")
     return value
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """A duration.
+
+    Raises:
+        ValueError: it is none.
+    """
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no number of seconds, 0 or more")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -20,7 +21,7 @@ from kubernetes.client import ApiException
 
 from claas_crds import names
 from claas_worker.api import CALL_SECONDS, Unreachable, retrying
-from claas_worker.config import AgentSettings
+from claas_worker.config import AgentSettings, seconds
 from claas_worker.job import now
 
 log = logging.getLogger(__name__)
@@ -32,15 +33,23 @@ LEAVE_SECONDS = 0.2  # a request that is over leaves with the next announcement;
 
 class WorkerLease:
     """`start` it, `set_state` and `announce`, `leave` requests; `close` ends the renewal and leaves the object, whose
-    owner is the Pod."""
+    owner is the Pod.
+
+    The operator writes one word into it: how long the worker stays without work from now on (LINGER_SECONDS). `told`
+    is called with it, by any thread. No write of ours goes over it unread: with it the resourceVersion is another.
+    """
+
+    told: Callable[[float], None]
 
     def __init__(self, client: kubernetes.client.ApiClient, settings: AgentSettings) -> None:
+        self.told = lambda linger_seconds: None
         self._api = kubernetes.client.CoordinationV1Api(client)
         self._settings = settings
         self._state = names.STATE_STARTING
         self._running: set[str] = set()
         self._left_at: float | None = None  # when a request left that the object still lists
         self._written_at = monotonic()
+        self._word = ""  # the operator's, as it was read
         self._resource_version = ""  # empty: not known, read it first
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -168,8 +177,20 @@ class WorkerLease:
             if error.status == 404:
                 return None
             raise
+        self._hear((answer.metadata.annotations or {}).get(names.LINGER_SECONDS, ""))
         version: str = answer.metadata.resource_version
         return version
+
+    def _hear(self, word: str) -> None:
+        if word in ("", self._word):
+            return
+        self._word = word
+        try:
+            linger_seconds = seconds(word)
+        except (ValueError, ArgumentTypeError):
+            log.warning("not a number of seconds", extra={"annotation": names.LINGER_SECONDS})
+        else:
+            self.told(linger_seconds)
 
     def _create(self) -> str:
         answer = self._api.create_namespaced_lease(
@@ -179,11 +200,11 @@ class WorkerLease:
         return version
 
     def _body(self, resource_version: str | None) -> dict[str, Any]:
-        return lease_body(self._settings, self._state, self._running, resource_version)
+        return lease_body(self._settings, self._state, self._running, resource_version, self._word)
 
 
 def lease_body(
-    settings: AgentSettings, state: str, running: set[str], resource_version: str | None = None
+    settings: AgentSettings, state: str, running: set[str], resource_version: str | None = None, word: str = ""
 ) -> dict[str, Any]:
     """The Lease of a worker, renewed now."""
     metadata: dict[str, Any] = {
@@ -194,7 +215,11 @@ def lease_body(
             **({names.INSTANCE_LABEL: settings.instance} if settings.instance else {}),
             **({names.POOL_LABEL: settings.pool} if settings.pool else {}),
         },
-        "annotations": {names.LEASE_STATE: state, names.LEASE_RUNNING: ",".join(sorted(running))},
+        "annotations": {
+            names.LEASE_STATE: state,
+            names.LEASE_RUNNING: ",".join(sorted(running)),
+            **({names.LINGER_SECONDS: word} if word else {}),
+        },
         "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": settings.pod_name, "uid": settings.pod_uid}],
     }
     if resource_version is not None:
