@@ -218,17 +218,17 @@ class _Planner:
         if adapter is not None and adapter.status.head_seq and not adapter.deleting and not self._refusal(adapter):
             holder = self.snapshot.requests.get(adapter.active)
             some = {request.uid: request for request in (first, holder, *at_work.values()) if request is not None}
-            self._tell_busy(queue, some)
+            self._tell_busy(self.snapshot.untold.get((adapter.namespace, adapter.name), []), some)
             chosen = sorted((request for request in some.values() if request.ended is None), key=lambda r: r.order)
         for request in chosen:
             if request.uid not in self.snapshot.in_flight:
                 with self._apart(request):
                     self._request(request, adapter, request is first)
 
-    def _tell_busy(self, queue: list[Request], but: dict[str, Request]) -> None:
+    def _tell_busy(self, untold: list[Request], but: dict[str, Request]) -> None:
         """Those that wait for others on their adapter, oldest first, are told so."""
-        for request in queue:
-            if request.says == Reason.ADAPTER_BUSY or request.uid in but:
+        for request in untold:
+            if request.uid in but:
                 continue
             if self._is_full(Say, request) or not self._due(request.created + self._delay):
                 break  # the younger ones have not waited for long either

@@ -7,7 +7,7 @@ a refused object would hold another tenant's versions for ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -75,19 +75,26 @@ class Index:
         self._put(request.uid, named)
 
     def _put(self, uid: str, named: list[tuple[str, Use]]) -> None:
-        self.remove(uid)
+        """Only what is new and what is gone costs: a history of a thousand entries comes again with every step."""
         keys = {(key, use) for uri, use in named if uri and (key := _key(uri))}
-        for key, use in keys:
+        known: Set[tuple[str, Use]] = self._named.get(uid, frozenset())
+        for key, use in keys - known:
             if key not in self._uses:
                 self._uses[key] = set()
                 self._families.setdefault(family(key), set()).add(key)
             self._uses[key].add(use)
+        self._drop(known - keys)
         if keys:
             self._named[uid] = keys
+        else:
+            self._named.pop(uid, None)
 
     def remove(self, uid: str) -> None:
         """The object is gone, or has ended."""
-        for key, use in self._named.pop(uid, ()):
+        self._drop(self._named.pop(uid, frozenset()))
+
+    def _drop(self, named: Set[tuple[str, Use]]) -> None:
+        for key, use in named:
             uses = self._uses[key]
             uses.discard(use)
             if uses:

@@ -302,6 +302,9 @@ class Snapshot:
     broken: dict[str, str] = field(default_factory=dict)
     # Unended requests by `queue_of`: of an adapter, oldest first; bare ones of a kind, by priority and age.
     queues: dict[Line, list[Request]] = field(default_factory=dict)
+    # Of these the ones whose status does not say that they wait for their adapter, in the same order: a plan must not
+    # look at all of thousands to find them.
+    untold: dict[Line, list[Request]] = field(default_factory=dict)
     # Of these the ones that do more than wait for their turn.
     at_work: dict[Line, dict[str, Request]] = field(default_factory=dict)
     # Of these the ones that a worker has, and has not reported.
@@ -373,6 +376,7 @@ class Snapshot:
         self.rests.pop(uid, None)
         if entry is not None:
             self._unindex(entry)
+            self.named.remove(uid)
             name = (kind, entry.namespace, entry.name)
             if self._by_name.get(name) == uid:
                 del self._by_name[name]
@@ -417,13 +421,17 @@ class Snapshot:
             if entry.ended is None:
                 line = queue_of(entry)
                 bisect.insort(self.queues.setdefault(line, []), entry, key=_turn)
+                if entry.says != Reason.ADAPTER_BUSY:
+                    bisect.insort(self.untold.setdefault(line, []), entry, key=_turn)
                 if not entry.waits:
                     self.at_work.setdefault(line, {})[entry.uid] = entry
                 if entry.worker and entry.result is None:
                     self.running[entry.uid] = entry
                 self.named.put_request(entry)
-            elif entry.expires_at is not None:
-                bisect.insort(self.expiring, (entry.expires_at, entry.uid))
+            else:
+                self.named.remove(entry.uid)
+                if entry.expires_at is not None:
+                    bisect.insort(self.expiring, (entry.expires_at, entry.uid))
             self.usage.put(entry, now)
         elif isinstance(entry, Adapter):
             self.named.put_adapter(entry)
@@ -433,11 +441,8 @@ class Snapshot:
                     self.strangers.setdefault(uid, now)
 
     def _unindex(self, entry: AnyEntry) -> None:
-        if isinstance(entry, Adapter):
-            self.named.remove(entry.uid)
         if not isinstance(entry, Request):
             return
-        self.named.remove(entry.uid)
         self.usage.remove(entry)
         self.running.pop(entry.uid, None)
         if entry.worker:
@@ -447,10 +452,9 @@ class Snapshot:
                 del self.served[entry.worker]
         if entry.ended is None:
             line = queue_of(entry)
-            queue = self.queues[line]
-            del queue[bisect.bisect_left(queue, _turn(entry), key=_turn)]
-            if not queue:
-                del self.queues[line]
+            _leave(self.queues, line, entry)
+            if entry.says != Reason.ADAPTER_BUSY:
+                _leave(self.untold, line, entry)
             if (busy := self.at_work.get(line)) is not None:
                 busy.pop(entry.uid, None)
                 if not busy:
@@ -470,6 +474,13 @@ def queue_of(request: Request) -> Line:
 def _turn(request: Request) -> tuple[int, datetime, str, str]:
     """The order inside a queue: on an adapter age alone counts."""
     return (0 if request.adapter_name else -request.priority, *request.order)
+
+
+def _leave(queues: dict[Line, list[Request]], line: Line, request: Request) -> None:
+    queue = queues[line]
+    del queue[bisect.bisect_left(queue, _turn(request), key=_turn)]
+    if not queue:
+        del queues[line]
 
 
 def _uid(raw: Raw) -> str:

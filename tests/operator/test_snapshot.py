@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from claas_crds.reasons import Reason
 from claas_crds.request import Parent
 from claas_operator import status
 from claas_operator.actions import Commit, End, Retry, Say
@@ -228,6 +229,26 @@ def _kept_bytes(count: int, raw: Raw) -> float:
     tracemalloc.stop()
     assert len(seen.requests) == count
     return kept / count
+
+
+@given(data=st.data())
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_who_was_not_told_that_it_waits_is_kept_as_requests_come_change_and_go(data: st.DataObject) -> None:
+    """The same as looking through every queue, in the same order, whatever happened before."""
+    told = status.pending(snapshot(request("r")).requests["uid-r"], Reason.ADAPTER_BUSY, "it waits", NOW)
+    worlds = ({}, told, told | {"observedGeneration": 0}, bound(WORKER), ended("Complete", "Succeeded"))
+    seen = Snapshot()
+    for version in range(1, data.draw(st.integers(5, 25))):
+        name = data.draw(st.sampled_from(("r0", "r1", "r2", "r3")))
+        if data.draw(st.integers(0, 5)) == 0:
+            seen.remove(Kind.REQUEST, f"uid-{name}", NOW)
+            continue
+        said, created = data.draw(st.sampled_from(worlds)), later(data.draw(st.integers(0, 2)))
+        known = seen.requests.get(f"uid-{name}")
+        created = known.created if known is not None else created
+        seen.put(Kind.REQUEST, request(name, status=said, created=created, version=version), NOW)
+        waiting = {line: [r for r in queue if r.says != Reason.ADAPTER_BUSY] for line, queue in seen.queues.items()}
+        assert seen.untold == {line: queue for line, queue in waiting.items() if queue}
 
 
 def test_ten_thousand_ended_requests_are_few_bytes_and_so_are_those_that_nothing_was_said_of() -> None:
