@@ -55,7 +55,7 @@ mutations: env ## break every formula of the loss, one at a time, and see a test
 
 .PHONY: bench-plan
 bench-plan: env ## what one plan of the operator costs, with 1,000, 10,000 and 30,000 waiting requests
-	$(PY) tests/bench/plan_cost.py
+	$(PY) tests/bench/plan_cost.py --out build/plan.json
 
 .PHONY: model-mutations
 model-mutations: env ## take every precondition of the protocol away, one at a time, and see the model of the control plane find it (minutes)
@@ -76,15 +76,31 @@ fuzz-api: env ## ten thousand generated calls of the REST API, and as many valid
 bench-api: env ## 200 callers at once: how late they hear, judged (on an idle machine), and what the API server alone takes; 1,000 that wait
 	CLAAS_LATE_SECONDS=0.15 $(PY) -m pytest tests/shim/test_load.py -q -s --stress
 
+# The benches below write build/NAME.json and draw it, a missed bound or not. ARGS=… goes to them; PY=… is another Python
+# than the environment's, which has vLLM for processors alone.
+bench = rm -f build/$(2).json build/$(2).png; $(PY) tests/bench/$(1) --out build/$(2).json $(ARGS); code=$$?; \
+  [ -e build/$(2).json ] && $(PY) tests/bench/bench_plots.py build/$(2).json; exit $$code
+ENV := $(if $(filter .venv/%,$(PY)),env)
+
 .PHONY: bench-student
-bench-student: env ## the training step on a GPU against plain PEFT: times, equality, memory, what the time is made of (3 minutes)
-	@mkdir -p build
-	$(PY) tests/bench/student_step.py --exact --profile --mixed 60 --out build/student.json
+bench-student: $(ENV) ## the training step on a GPU against plain PEFT: times, equality, memory, what the time is made of (3 minutes)
+	$(call bench,student_step.py --exact --profile --mixed 60,student)
 
 .PHONY: bench-trl
-bench-trl: env ## the training step on a GPU against the SDPO trainer of TRL, whose packages are fetched for it (minutes)
-	@mkdir -p build
-	$(PY) tests/bench/step_against_trl.py --out build/trl.json
+bench-trl: $(ENV) ## the training step on a GPU against the SDPO trainer of TRL, whose packages are fetched for it (minutes)
+	$(call bench,step_against_trl.py,trl)
+
+.PHONY: bench-teacher
+bench-teacher: $(ENV) ## the teacher's frames on a GPU (PY=… with its vLLM) against its plain prefill and stock JSON, within an A100's memory (minutes)
+	$(call bench,teacher_scoring.py --a100,teacher)
+
+.PHONY: bench-warm
+bench-warm: $(ENV) ## a warm request end to end on two GPUs (PY=… with their vLLM): created, bound, taught, trained, saved, Complete (minutes)
+	$(call bench,warm_request.py,warm)
+
+.PHONY: bench-cold
+bench-cold: $(ENV) ## a worker's process on a GPU to its first step, an agent's on a real API server, plain PEFT's beside it (minutes)
+	$(call bench,cold_start.py --agent --rounds 4,cold)
 
 .PHONY: bench-operator
 bench-operator: python ## 1,000, 10,000 and 30,000 requests through the operator and real agents, judged (long, and on an idle machine)

@@ -1,4 +1,4 @@
-"""From a worker's process to its first step, on random weights of the real shapes.
+"""From a worker's process to its first step, on random weights of the real shapes; plain PEFT's beside it.
 
     python tests/bench/cold_start.py                       Qwen2.5-Coder-3B's shapes on a GPU; 1,024 response tokens
     python tests/bench/cold_start.py --agent               the agent with its engine, against a real API server
@@ -6,9 +6,14 @@
 
 Without --agent the process is `run-request`. The agent finds a request that is bound to it; its first process fills the
 compile cache that the others read. The model lies in /dev/shm, as it would in a page cache; the adapter is a folder.
-Runs the process several times: the first has Python's own files cold. Prints a table for LOG.md with the parts that the
-worker's own log and timings give. The worker's image holds compiled bytecode of all it imports; where an installation
-does not, PYTHONPYCACHEPREFIX=DIR gives it a place (and the first process writes it).
+Runs the process several times: the first has Python's own files cold. After each comes a process of plain transformers
+and PEFT up to its first step on the same files (`plain_peft_process.py`; no service, no checks, no version). Prints a
+table for LOG.md with the parts that the worker's own log and timings give, writes JSON with --out, and judges all but
+the first by bounds.yaml: the first step is made when the result is there, less its save.
+
+The worker's image holds compiled bytecode of all it imports; where an installation does not, PYTHONPYCACHEPREFIX=DIR
+gives it a place (and the first process writes it). Needs torch, transformers, peft and this repository, --agent etcd
+and an API server as well (built with Go the first time, or --kube). A minute or two.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = [str(ROOT / folder) for folder in ("crds", "worker", "teacher", "operator")]
 sys.path[:0] = PACKAGES
 
+import record  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from student_step import QWEN_3B  # noqa: E402
@@ -48,35 +55,82 @@ TEMPLATE = (
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a model of two small layers")
+    """Measure, print, and keep."""
+    parser = record.parser(__doc__)
+    parser.add_argument("--small", action="store_true", help="a model of two small layers: correctness alone")
     parser.add_argument("--tokens", type=int, default=1024, help="of the response")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokenizer", type=Path, help="a folder's (python tests/models.py qwen); else one of bytes")
     parser.add_argument("--agent", action="store_true", help="the agent instead of run-request")
     parser.add_argument("--kube", type=Path, help="a folder with the program `kube`, on a machine that cannot build it")
     options = parser.parse_args()
+    limits = record.bounds("cold_start")
+    result = record.circumstances("cold_start", "torch", "transformers", "peft") | {
+        "bounds": limits,
+        "process": "agent" if options.agent else "run-request",
+        "shape": "small" if options.small else "Qwen2.5-Coder-3B",
+        "tokens": options.tokens,
+        "processes": [],
+    }
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         scratch = Path(folder)
         model = write_model(scratch / "model", SMALL if options.small else QWEN_3B, options.tokenizer)
         os.environ["CLAAS_FILE_ROOTS"] = str(scratch)
         uri = create_adapter(f"file://{scratch}/adapter/", BASE, model, Lora(), "0b6c7d6e").uri
-        request = scratch / "request.yaml"
-        request.write_text(yaml.safe_dump(manifest(uri, options.tokens)))
-        print(f"\n{machine()}; {options.tokens} response tokens, mode Provided\n")
-        if options.agent:
-            return run_agents(scratch, model, manifest(uri, options.tokens)["spec"], options)
+        asked = manifest(uri, options.tokens)
+        print(f"\n{result['machine']}; {options.tokens} response tokens, mode Provided, {result['process']}\n")
         print(
-            "| process | to its result, s | to its exit | to the model loaded | `load_step` | its imports | step, ms |"
+            "| process | ready, s | result | first step | plain PEFT's | exit | model loaded | `load_step` "
+            "| its imports | step, ms |"
         )
-        print("|---|---|---|---|---|---|---|")
-        for number in range(options.rounds):
-            print(row(number, model, request, scratch / f"out-{number}"), flush=True)
+        print("|---|---|---|---|---|---|---|---|---|---|")
+        make = agents if options.agent else requests
+        for one in make(scratch, model, asked, options):
+            one["plain"] = plain_peft(model, uri.removeprefix("file://"), options.tokens)
+            result["processes"].append(one)
+            print(row(len(result["processes"]), one), flush=True)
+            record.write(options.out, result)
+    if not options.small:
+        judged = record.judged(f"{result['process']}, warm", result["processes"][1:], limits)
+        print("\n".join(map(str, judged)))
+        if not all(one.holds for one in judged):
+            sys.exit("the bound is missed")
 
 
-def row(number: int, model: Path, request: Path, out: Path) -> str:
-    """One process from start to exit, as a row."""
+def row(number: int, one: dict[str, Any]) -> str:
+    """Of the table; what a kind of process does not tell stays empty."""
+    seconds = one | {"plain_seconds": one["plain"]["first_step_seconds"]}
+    names = ("ready", "result", "first_step", "plain", "exit", "loaded", "load_step", "imports")
+    times = [f"{seconds[f'{name}_seconds']:.2f}" if f"{name}_seconds" in seconds else "" for name in names]
+    return " | ".join([f"| {number}", *times, f"{json.dumps(one['timings'])} |"])
+
+
+def plain_peft(model: Path, adapter: str, tokens: int) -> dict[str, Any]:
+    """The other side: seconds from the start of its process to its step, and what it says of them itself."""
+    command = [sys.executable, str(Path(__file__).with_name("plain_peft_process.py")), str(model), adapter, str(tokens)]
+    started = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        answer = process.stdout.readline()
+        first = time.monotonic() - started
+        _, log = process.communicate()
+    if process.returncode:
+        sys.exit(f"plain PEFT's process failed: {log[-4000:]}")
+    return {"first_step_seconds": round(first, 3)} | json.loads(answer)
+
+
+def requests(
+    scratch: Path, model: Path, asked: dict[str, Any], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Each of several `run-request`, one after another."""
+    request = scratch / "request.yaml"
+    request.write_text(yaml.safe_dump(asked))
+    for number in range(options.rounds):
+        yield run_request(model, request, scratch / f"out-{number}")
+
+
+def run_request(model: Path, request: Path, out: Path) -> dict[str, Any]:
+    """One process from start to exit: seconds since its start, those of `load_step` and its imports, its timings."""
     command = [sys.executable, "-m", "claas_worker", "run-request", str(request), "--out-uri", f"file://{out}/"]
     environment = {
         **os.environ,
@@ -109,13 +163,19 @@ def row(number: int, model: Path, request: Path, out: Path) -> str:
     status = json.loads(answer)
     if status["result"]["outcome"] != "Succeeded":
         sys.exit(f"no step: {status}")
-    timings = status["timings"]
-    times = (answered, whole, loaded["reached"], loaded["seconds"], loaded.get("imports", 0.0))
-    return " | ".join([f"| {number + 1}", *(f"{seconds:.2f}" for seconds in times), f"{json.dumps(timings)} |"])
+    return {
+        "loaded_seconds": round(loaded["reached"], 3),
+        "load_step_seconds": loaded["seconds"],
+        "imports_seconds": loaded.get("imports", 0.0),
+        "first_step_seconds": round(answered - status["timings"]["saveMs"] / 1000, 3),
+        "result_seconds": round(answered, 3),
+        "exit_seconds": round(whole, 3),
+        "timings": status["timings"],
+    }
 
 
-def run_agents(scratch: Path, model: Path, spec: dict[str, Any], options: argparse.Namespace) -> None:
-    """A row for each of several agents, one after another, with a request that waits for it."""
+def agents(scratch: Path, model: Path, asked: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Each of several agents, one after another, with a request that waits for it."""
     sys.path.append(str(ROOT / "tests"))
     from cluster import programs
     from cluster.controlplane import ControlPlane
@@ -124,8 +184,6 @@ def run_agents(scratch: Path, model: Path, spec: dict[str, Any], options: argpar
 
     if options.kube is not None:
         programs.ensure_kube = lambda: options.kube
-    print("| process | ready, s | result reported, s | `load_step` | its imports | step, ms |")
-    print("|---|---|---|---|---|---|")
     (scratch / "compiled").mkdir()
     told = {"MODEL_PATH": model, "BASE_MODEL": BASE, "FILE_ROOTS": scratch, "COMPILE_CACHE": scratch / "compiled"}
     with ControlPlane(scratch / "plane") as control_plane:
@@ -133,7 +191,7 @@ def run_agents(scratch: Path, model: Path, spec: dict[str, Any], options: argpar
         for number in range(options.rounds):
             (scratch / str(number)).mkdir()
             with WorkerStage(control_plane, scratch / str(number), "cold") as stage:
-                name = stage.bound(**spec)
+                name = stage.bound(**asked["spec"])
                 started = datetime.now(UTC)
                 stage.start(REAL, THREADS="0", **{key: str(value) for key, value in told.items()})
                 result = stage.wait_result(name, 180)
@@ -143,13 +201,21 @@ def run_agents(scratch: Path, model: Path, spec: dict[str, Any], options: argpar
                 (loaded,), (ready,), (reported,) = (
                     lines(stage, what) for what in ("model loaded", "ready", "reported")
                 )
-                at = [(datetime.fromisoformat(line["at"]) - started).total_seconds() for line in (ready, reported)]
-                seconds = (*at, loaded["seconds"], loaded["imports"])
-                row = " | ".join(f"{one:.2f}" for one in seconds)
-                print(f"| {number + 1} | {row} | {json.dumps(result['timings'])} |", flush=True)
+                at = {line["message"]: datetime.fromisoformat(line["at"]) for line in (loaded, ready, reported)}
+                seconds = {message: (moment - started).total_seconds() for message, moment in at.items()}
+                found = {
+                    "loaded_seconds": seconds["model loaded"],
+                    "load_step_seconds": loaded["seconds"],
+                    "imports_seconds": loaded["imports"],
+                    "ready_seconds": seconds["ready"],
+                    "first_step_seconds": round(seconds["reported"] - result["timings"]["saveMs"] / 1000, 3),
+                    "result_seconds": seconds["reported"],
+                    "timings": result["timings"],
+                }
                 if not number and loaded["device"] != "cpu":  # loss and graphs
                     stage.wait("the engine", lambda stage=stage: len(lines(stage, "engine made ready")) == 2, 180)
                     stage.wait("its cache", lambda stage=stage: stage.lines()[-1]["message"] == "compile cache written")
+            yield found
 
 
 def lines(stage: Any, message: str) -> list[dict[str, Any]]:
@@ -183,17 +249,12 @@ def write_model(folder: Path, shape: dict[str, Any], tokenizer: Path | None = No
         bytes_alone.chat_template = TEMPLATE
         bytes_alone.save_pretrained(folder)
     else:
-        shutil.copytree(tokenizer, folder)
+        shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen2ForCausalLM(Qwen2Config(**shape, dtype="bfloat16")).to(torch.bfloat16)
     model.save_pretrained(folder)
     return folder
-
-
-def machine() -> str:
-    """The card, or the processor."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} processor cores"
 
 
 if __name__ == "__main__":

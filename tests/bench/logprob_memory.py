@@ -1,6 +1,6 @@
 """What prompt logprobs take of a GPU beside the model: the constants of `claas_teacher.memory`, measured.
 
-    python tests/bench/logprob_memory.py          a GPU and torch; seconds
+    python tests/bench/logprob_memory.py --out build/logprob-memory.json     a GPU and torch; seconds
 
 The two forms are what vLLM's model runners do with the hidden states of scored tokens: V2 takes logits in bf16 for at
 most 1,024 rows at a time, and top-k of them; V1 takes all rows of a request in the step, their log-softmax in fp32, and
@@ -9,6 +9,7 @@ top-k of that. Prints bytes an entry (row x vocabulary) at the allocator's peak,
 
 from __future__ import annotations
 
+import record
 import torch
 
 HIDDEN, VOCABULARY, K = 5120, 152_064, 100
@@ -28,6 +29,8 @@ def v1(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     """Measure both at the rows of one step."""
+    options = record.parser(__doc__).parse_args()
+    result = record.circumstances("logprob_memory", "torch") | {"vocabulary": VOCABULARY, "k": K, "steps": []}
     torch.manual_seed(0)
     head = torch.randn(VOCABULARY, HIDDEN, device="cuda", dtype=torch.bfloat16)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, V {VOCABULARY}, K {K}")
@@ -49,11 +52,11 @@ def main() -> None:
                 form(hidden, head)
             end.record()
             torch.cuda.synchronize()
-            entries = rows * VOCABULARY
-            print(
-                f"| {form.__name__} | {rows} | {peak / GIB:.2f} | {most / GIB:.2f} | {max(peak, most) / entries:.1f} "
-                f"| {start.elapsed_time(end) / 5:.1f} |"
-            )
+            entry_bytes, ms = max(peak, most) / (rows * VOCABULARY), start.elapsed_time(end) / 5
+            one = {"runner": form.__name__, "rows": rows, "peak_bytes": peak, "reserved_bytes": most}
+            result["steps"].append(one | {"entry_bytes": entry_bytes, "ms": ms})
+            print(f"| {form.__name__} | {rows} | {peak / GIB:.2f} | {most / GIB:.2f} | {entry_bytes:.1f} | {ms:.1f} |")
+    record.write(options.out, result)
 
 
 if __name__ == "__main__":

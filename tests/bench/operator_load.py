@@ -12,6 +12,9 @@ that takes no time, the chart's rights and admission policies. In one go it meas
 
 What was written, when and by whom comes from the API server's audit log, never from our own counting. Each `run` and
 `flood` adds a record to the JSON file; `plot` draws them, and `verdict` compares them with tests/bench/bounds.yaml.
+Needs this repository's environment, etcd and an API server (built with Go the first time: five minutes). A small one:
+
+    python tests/bench/operator_load.py run --requests 40 --adapters 8 --namespaces 2 --workers 2 --idle 5
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import signal
 import ssl
 import statistics
@@ -32,16 +34,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import operator_plots
+from bench.record import Judged, bounds, circumstances, judged, write
 from claas_crds import names
 from claas_crds.generate import RESOURCES, definition
 from cluster.controlplane import ControlPlane
@@ -50,10 +52,9 @@ from operatorkit import bound, claim, ended, result
 from operatorstage import GROUP
 from releasestage import HOME, RELEASE, Raw, Release
 
-BOUNDS = Path(__file__).parent / "bounds.yaml"
 WRITES_PER_REQUEST = 7
 IN_FLIGHT = 32  # writes of users at a time; more only wait in the API server
-WORKERS, BATCH = 8, 4
+BATCH = 4
 IDLE_REQUESTS = 200
 SAMPLE_SECONDS = 0.5
 PROGRESS_SECONDS = 15
@@ -521,7 +522,8 @@ async def restart(control_plane: ControlPlane, release: Release, plan: Plan) -> 
 async def run(options: argparse.Namespace, folder: Path) -> Raw:
     """All phases with one control plane."""
     plan = Plan(options.requests, min(options.adapters, options.requests), options.namespaces, options.spec_bytes)
-    record: Raw = {"kind": "load", **_circumstances(), **vars(plan), "workers": WORKERS, "batch": BATCH}
+    record: Raw = {"kind": "load", **circumstances("operator_load"), **vars(plan), "batch": BATCH}
+    record["workers"] = options.workers
     with ControlPlane(folder / "control-plane", audit=True) as control_plane:
         admit_users(control_plane)
         if not options.no_raw:
@@ -529,14 +531,14 @@ async def run(options: argparse.Namespace, folder: Path) -> Raw:
             _say(f"raw: {record['raw']['writes_per_second']:.0f} writes/s")
         (folder / "release").mkdir()
         with Release(control_plane, folder / "release", "--set", "teacher.enabled=false") as release:
-            settings(release, WORKERS, BATCH)
+            settings(release, options.workers, BATCH)
             adapters(release, plan)
             command = (sys.executable, "-m")
             if options.profile:
                 command = (sys.executable, "-m", "cProfile", "-o", str(options.profile.resolve()), "-m")
             release.start_operator(command=command)
             release.wait_to_lead()
-            wait_for_workers(release, WORKERS)
+            wait_for_workers(release, options.workers)
             if options.idle:
                 waits = await idle(control_plane, plan, options.idle)
                 record["idle_created_to_bound_seconds"] = _quantiles(waits)
@@ -557,7 +559,8 @@ async def run(options: argparse.Namespace, folder: Path) -> Raw:
 async def flood(options: argparse.Namespace, folder: Path) -> Raw:
     """One namespace asks for thousands of steps that take time; another for one now and then."""
     plan = Plan(options.requests, 50, 1, 1024, prompt=f"takes {STEP_SECONDS} s")
-    record: Raw = {"kind": "flood", **_circumstances(), **vars(plan), "step_seconds": STEP_SECONDS}
+    record: Raw = {"kind": "flood", **circumstances("operator_load"), **vars(plan), "step_seconds": STEP_SECONDS}
+    record["workers"] = options.workers
     with ControlPlane(folder / "control-plane", audit=True) as control_plane:
         admit_users(control_plane)
         (folder / "release").mkdir()
@@ -587,17 +590,6 @@ async def flood(options: argparse.Namespace, folder: Path) -> Raw:
     return record
 
 
-def _circumstances() -> Raw:
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    return {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpus": os.cpu_count(),
-        "cpu": model.partition(":")[2].strip(),
-        "python": platform.python_version(),
-        "load_average": os.getloadavg(),
-    }
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -605,66 +597,27 @@ def _say(text: str) -> None:
 # The verdict
 
 
-@dataclass(frozen=True)
-class Judged:
-    """One number of all runs of one kind and size, against its bound."""
-
-    run: str
-    field: str
-    values: Sequence[float]
-    word: str
-    limit: float
-
-    @property
-    def holds(self) -> bool:
-        """In every run, not on average."""
-        return max(self.values) <= self.limit if self.word == "at_most" else min(self.values) >= self.limit
-
-    def __str__(self) -> str:
-        spread = f"{statistics.fmean(self.values):.4g} ({min(self.values):.4g} to {max(self.values):.4g})"
-        word = "within" if self.holds else "NOT WITHIN"
-        return f"{self.run}, {len(self.values)} runs: {self.field} {spread}, {word} {self.word} {self.limit:g}"
-
-
 def verdict(records: Sequence[Mapping[str, Any]]) -> list[Judged]:
     """Mean and spread of what the bounds name, over the records of the same kind and size."""
-    bounds = yaml.safe_load(BOUNDS.read_text())["operator"]
-    alike: dict[str, list[Mapping[str, Any]]] = {}
+    alike: dict[str, list[Raw]] = {}
     for record in records:
-        alike.setdefault(_name(record), []).append(record)
-    return [
-        Judged(name, field, values, word, limit)
-        for name, group in alike.items()
-        for field, bound in bounds.items()
-        if (values := [value for record in group if (value := _look_up(record, field)) is not None])
-        for word, limit in bound.items()
-        if word in ("at_most", "at_least")
-    ]
+        alike.setdefault(_name(record), []).append({record["kind"]: record})
+    limits = bounds("operator")
+    return [one for name, group in alike.items() for one in judged(name, group, limits)]
 
 
 def _name(record: Mapping[str, Any]) -> str:
     return f"{record['kind']} of {record['requests']} requests of {record['spec_bytes']} bytes"
 
 
-def _look_up(record: Mapping[str, Any], field: str) -> float | None:
-    kind, *path = field.split(".")
-    if kind != record["kind"]:
-        return None
-    found: Any = record
-    for part in path:
-        if not isinstance(found, Mapping) or part not in found:
-            return None
-        found = found[part]
-    return float(found)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 1 where a bound does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, requests in (("run", 10_000), ("flood", 5_000)):
+    for name, requests, workers in (("run", 10_000, 8), ("flood", 5_000, 4)):
         command = commands.add_parser(name)
         command.add_argument("--requests", type=int, default=requests)
+        command.add_argument("--workers", type=int, default=workers, help="real agents that stay")
         command.add_argument("--out", type=Path, default=Path("build/operator-load.json"))
     run_ = commands.choices["run"]
     run_.add_argument("--adapters", type=int, default=200)
@@ -674,7 +627,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_.add_argument("--restart", action="store_true", help="restart the operator with everything there")
     run_.add_argument("--no-raw", action="store_true", help="leave the raw rate out")
     run_.add_argument("--profile", type=Path, help="of the operator, by cProfile (which makes it slow)")
-    commands.choices["flood"].add_argument("--workers", type=int, default=4)
     for name in ("plot", "verdict"):
         commands.add_parser(name).add_argument("--out", type=Path, default=Path("build/operator-load.json"))
     options = parser.parse_args(argv)
@@ -682,14 +634,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "plot":
         operator_plots.plot(records, options.out.with_suffix(".png"))
     elif options.command == "verdict":
-        judged = verdict(records)
-        print("\n".join(map(str, judged)) or f"no records in {options.out}")
-        return 0 if judged and all(one.holds for one in judged) else 1
+        found = verdict(records)
+        print("\n".join(map(str, found)) or f"no records in {options.out}")
+        return 0 if found and all(one.holds for one in found) else 1
     else:
         with tempfile.TemporaryDirectory(prefix="claas-bench-") as folder:
             record = asyncio.run((run if options.command == "run" else flood)(options, Path(folder)))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps([*records, record], indent=1))
+        write(options.out, [*records, record])
     return 0
 
 

@@ -1,13 +1,18 @@
 """What one plan costs, by how many requests wait: `make bench-plan`. CPU time, so that other processes matter less.
 
 200 adapters in 20 namespaces, eight idle workers, as many ended requests with a time to live as waiting ones. "told":
-all know that they wait; "new": none does yet; "bare": none has an adapter, and each could run now.
+all know that they wait; "new": none does yet; "bare": none has an adapter, and each could run now. Prints one JSON
+object a line; all of them are the result.
+
+    PYTHONPATH=tests python tests/bench/plan_cost.py --out build/plan.json     this repository's environment; minutes
 """
 
 from __future__ import annotations
 
 import json
 import time
+
+import record
 
 from claas_crds.reasons import Reason, describe
 from claas_operator.plan import plan
@@ -51,6 +56,8 @@ def world(kind: str, count: int) -> tuple[Snapshot, float]:
 
 def main() -> None:
     """One JSON object a line."""
+    options = record.parser(__doc__).parse_args()
+    result = record.circumstances("plan_cost") | {"plans": []}
     using = settings(pool={"maxWorkers": WORKERS})
     for kind in ("told", "new", "bare"):
         for count in COUNTS:
@@ -61,7 +68,9 @@ def main() -> None:
                 actions = len(plan(seen, using, later(61)).actions)
                 took.append((time.process_time() - started) * 1000)
             cost = {"plan_ms": round(min(took), 1), "worst_ms": round(max(took), 1), "put_us": round(put_us)}
-            print(json.dumps({"requests": count, "kind": kind, **cost, "actions": actions}), flush=True)
+            result["plans"].append({"requests": count, "kind": kind, **cost, "actions": actions})
+            print(json.dumps(result["plans"][-1]), flush=True)
+            record.write(options.out, result)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 Ours is a whole request in mode Self; what is timed of it is its `stepMs`: optimizer state in, forward, loss, backward,
 clipping, AdamW, weights out, update norm. Plain PEFT is a wrapped model and torch's AdamW that stay in memory: forward,
 the same chunked loss (or, `--loss naive`, the divergence of full logits traced by autograd), backward, clipping, step.
+
+    python tests/bench/step_against_peft.py --out build/peft.json     two cores, this repository's environment; a minute
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import statistics
 import sys
@@ -24,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import peft
+import record
 import torch
 import transformers
 
@@ -45,7 +47,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps under a 
 
 def main() -> None:
     """Runs the rounds and prints the line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=128, help="of prompt and response together")
     parser.add_argument("--rounds", type=int, default=9, help="timed ones, after one that is not")
     parser.add_argument("--threads", type=int, default=2)
@@ -54,10 +56,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CLAAS_FILE_ROOTS"] = folder
-        compare(arguments, folder)
+        result = compare(arguments, folder)
+    record.write(arguments.out, result)
+    print(line(result))
 
 
-def compare(arguments: argparse.Namespace, folder: str) -> None:
+def compare(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Both sides in turn, on the same weights and tokens."""
     student = Student.load(models.smollm2_dir(), base_model=BASE_MODEL, device="cpu", threads=arguments.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(models.smollm2_dir(), dtype=torch.float32).eval()
@@ -82,14 +86,36 @@ def compare(arguments: argparse.Namespace, folder: str) -> None:
     ours()
     theirs()
     pairs = [(ours(), theirs()) for _ in range(arguments.rounds)]
-    (our, their) = (statistics.median(times) for times in zip(*pairs, strict=True))
-    ratios = sorted(one / other for one, other in pairs)
-    print(
-        f"{datetime.date.today()} step_against_peft: SmolLM2-135M fp32, {arguments.tokens} tokens, r {arguments.rank} "
-        f"on all linear layers, {arguments.threads} threads, {arguments.loss} loss: step {our:.3f} s, plain PEFT "
-        f"{their:.3f} s (medians of {arguments.rounds}, interleaved); ratio, median of pairs "
-        f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}); torch {torch.__version__}, "
-        f"peft {peft.__version__}; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    (ours_ms, plain_ms) = ([round(1000 * one, 1) for one in times] for times in zip(*pairs, strict=True))
+    case = {
+        "case": f"{arguments.tokens} tokens, {arguments.loss} loss",
+        "adapters": 1,
+        "ms": statistics.median(ours_ms),
+        "all_ms": ours_ms,
+        "plain_ms": statistics.median(plain_ms),
+        "plain_all_ms": plain_ms,
+        "step_of_plain": statistics.median(one / other for one, other in pairs),
+        "step_of_plain_all": [one / other for one, other in pairs],
+    }
+    return record.circumstances("step_against_peft", "torch", "transformers", "peft") | {
+        "bounds": record.bounds("step_against_peft"),
+        "rank": arguments.rank,
+        "threads": arguments.threads,
+        "cases": [case],
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    """For LOG.md."""
+    (case,) = result["cases"]
+    ratios, packages = case["step_of_plain_all"], result["packages"]
+    return (
+        f"{result['at'][:10]} step_against_peft: SmolLM2-135M fp32, {case['case']}, r {result['rank']} on all linear "
+        f"layers, {result['threads']} threads: step {case['ms'] / 1000:.3f} s, plain PEFT "
+        f"{case['plain_ms'] / 1000:.3f} s (medians of {len(ratios)}, interleaved); ratio, median of pairs "
+        f"{case['step_of_plain']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}), bound "
+        f"{result['bounds']['step_of_plain']['at_most']}; torch {packages['torch']}, peft {packages['peft']}; load "
+        f"average {result['load_average'][0]:.1f} on {result['cpus']} cores"
     )
 
 

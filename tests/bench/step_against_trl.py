@@ -13,6 +13,9 @@ slower: here it does so only where the card has no room for them (`recomputes`),
 
 TRL is no dependency of this project: its packages are installed into a folder of the cache, beside the environment
 that runs this, or taken from `--trl-path`. `--smoke` runs a tiny model on the CPU, for correctness alone.
+
+    python tests/bench/step_against_trl.py --rounds 7 --out build/trl.json     a GPU with 80 GB; minutes
+    python tests/bench/step_against_trl.py --smoke --rounds 1 --cases 0        any machine
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-import peft
+import record
 import torch
 import transformers
 from student_step import (
@@ -74,9 +77,8 @@ KINDS = [CASES[index] for index in (0, 1, 3, 4)]
 
 def main() -> None:
     """Runs the cases, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="timed ones, after those that are not")
-    parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--trl-path", type=Path, help="a folder with TRL's packages (default: one of the cache's)")
     parser.add_argument("--tokenizer", type=Path, help="folder (default: Qwen's, from the tests' cache)")
     parser.add_argument("--compile-cache", type=Path, help="folder, as the worker's flag")
@@ -103,22 +105,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     assert student.engine is not None
     share_weights(model, other_model)
     plain = PlainPeft(other_model, student)
-    import trl
-
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "trl": trl.__version__,
-        "load": os.getloadavg()[0],
-        "cases": [],
-    }
+    results = record.circumstances("step_against_trl", "torch", "transformers", "peft", "trl") | {"cases": []}
     for case in cases:
         results["cases"].append(measure(case, student, plain, arguments))
         note(json.dumps(results["cases"][-1]))
-        if arguments.out:
-            arguments.out.write_text(json.dumps(results, indent=1))
+        record.write(arguments.out, results)
     return results
 
 
@@ -152,9 +143,13 @@ def measure(case: Case, student: Student, plain: PlainPeft, arguments: argparse.
     teacher_ms = round(1000 * trainer.teacher_seconds(), 2)
     found = {
         "case": case.name,
+        "adapters": case.adapters,
+        "target": case.target,
+        "goal_ms": case.goal_ms,
         "ms": median["ours"],
         "all_ms": ms["ours"],
         "plain_ms": median["plain"],
+        "plain_all_ms": ms["plain"],
         "plain_passes": plain.passes,
         "trl_ms": median["trl"],
         "trl_all_ms": ms["trl"],
@@ -356,9 +351,8 @@ def trl_packages() -> Path:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
-    versions = ", ".join(f"{name} {results[name]}" for name in ("torch", "transformers", "peft", "trl"))
     lines = [
-        f"{results['device']}, {versions}",
+        ", ".join([results["machine"], *(f"{name} {version}" for name, version in results["packages"].items())]),
         "| case | step ms | plain PEFT ms | TRL ms | of it its teacher | recomputes, parts | faster than plain PEFT | "
         "than TRL | than TRL without its teacher |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -3,28 +3,30 @@
     python tests/bench/teacher_scoring.py                    a 32B of random weights on a GPU (config only, dummy load)
     python tests/bench/teacher_scoring.py --a100             the same within the memory of an A100-80GB: at most 74 GiB
     python tests/bench/teacher_scoring.py --model DIR --shapes 1x64,4x128 --rounds 3     a real model, any machine
+    python tests/bench/teacher_scoring.py --url http://localhost:8000 --shapes 1x64      a teacher that runs already
     what follows -- goes to vLLM
 
 Each number is the median over rounds of the time from a client's call to numpy arrays in hand (JSON: to what
-`json.loads` gives); every call has ids of its own, so no prefix cache helps. Prints a table for LOG.md. Needs numpy,
-httpx, torch, vLLM and this repository; where the distribution is not installed, its entry point is made for the server.
+`json.loads` gives); every call has ids of its own, so no prefix cache helps. Only the first call of frames and of JSON,
+which is not timed, has the same ids: how far their logprobs are from each other is told, and bf16 rounds. Prints a
+table for LOG.md, writes JSON with --out, and judges random 32B shapes by bounds.yaml. Needs numpy, httpx, torch, vLLM
+and this repository; where the distribution is not installed, its entry point is made for the server. Minutes on a card.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = [str(ROOT / folder) for folder in ("crds", "worker", "teacher", "operator")]
@@ -32,16 +34,16 @@ sys.path[:0] = PACKAGES
 
 import httpx  # noqa: E402
 import numpy as np  # noqa: E402
+import record  # noqa: E402
 
 from claas_teacher.client import TeacherClient  # noqa: E402
 from claas_teacher.defaults import MAX_NUM_SEQS  # noqa: E402
 from claas_teacher.memory import GIB, gpu_memory_utilization  # noqa: E402
+from claas_teacher.scores import Scores, from_prompt_logprobs  # noqa: E402
 
 K = 100
 START_LIMIT_SECONDS = 560
 A100_BYTES = int(79.25 * GIB)
-A100_LIMIT_BYTES = 74 * GIB
-PREFILL_BOUND, STOCK_BOUND = 1.15, 9.0
 QWEN_32B = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -65,9 +67,10 @@ QWEN_32B = {
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure, print, and keep."""
+    parser = record.parser(__doc__)
     parser.add_argument("--model", type=Path, help="a model's folder; without it, random 32B shapes")
+    parser.add_argument("--url", help="of a teacher that runs, instead of one that is started")
     parser.add_argument("--shapes", default="1x256,1x1024,8x1024", help="BATCHxTOKENS, comma-separated")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--stock-rounds", type=int, default=3, help="stock JSON takes ten seconds a call")
@@ -76,80 +79,122 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="vLLM's, after --")
     options = parser.parse_args()
     shapes = [(int(batch), int(tokens)) for batch, tokens in (shape.split("x") for shape in options.shapes.split(","))]
-    with tempfile.TemporaryDirectory() as scratch:
-        flags = list(options.flags)
-        model = options.model
-        if model is None:
-            model = random_model(Path(scratch))
-            flags = ["--load-format=dummy", "--max-model-len=8192", *flags]
-        if options.a100:
-            share = (
-                gpu_memory_utilization(A100_BYTES, 2048, MAX_NUM_SEQS, QWEN_32B["vocab_size"], K)
-                * A100_BYTES
-                / card_bytes()
-            )
-            flags.append(f"--gpu-memory-utilization={share:.4f}")
-        with (
-            server(model, flags, Path(scratch), options.log or Path(scratch) / "log") as url,
-            TeacherClient(url, in_flight_tokens=1 << 20) as client,
-        ):
-            info = client.info()
-            if not info.frames:
-                sys.exit("the teacher has no route for frames")
-            print(f"\n{machine()}; vLLM {info.vllm_version}; {' '.join(flags)}\n")
-            print("| tokens | plain prefill, ms | frames, ms | x prefill | JSON, ms | JSON / frames |")
-            print("|---|---|---|---|---|---|")
-            met = True
-            for batch, tokens in shapes:
-                met &= measure(client, url, batch, tokens, options.rounds, options.stock_rounds)
-            used = used_bytes()
+    random = options.model is None and options.url is None
+    flags = ["--load-format=dummy", "--max-model-len=8192", *options.flags] if random else list(options.flags)
+    if options.a100:
+        share = gpu_memory_utilization(A100_BYTES, 2048, MAX_NUM_SEQS, QWEN_32B["vocab_size"], K)
+        flags.append(f"--gpu-memory-utilization={share * A100_BYTES / card_bytes():.4f}")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        scratch = Path(folder)
+        url = options.url or stack.enter_context(
+            server(options.model or random_model(scratch), flags, scratch, options.log or scratch / "log")
+        )
+        client = stack.enter_context(TeacherClient(url, in_flight_tokens=1 << 20))
+        info = client.info()
+        if not info.frames:
+            sys.exit("the teacher has no route for frames")
+        limits = dict(record.bounds("teacher_scoring"))
+        if not options.a100:
+            del limits["card_used_gib"]
+        result = record.circumstances("teacher_scoring") | {
+            "bounds": limits,
+            "vllm": info.vllm_version,
+            "model": "random weights of Qwen2.5-32B's shapes" if random else Path(info.model).name,
+            "flags": flags,
+            "cases": [],
+        }
+        print(f"\n{result['machine']}; vLLM {info.vllm_version}; {' '.join(flags)}\n")
+        print("| tokens | plain prefill, ms | frames, ms | x prefill | JSON, ms | JSON / frames |")
+        print("|---|---|---|---|---|---|")
+        for batch, tokens in shapes:
+            result["cases"].append(measure(client, url, batch, tokens, options.rounds, options.stock_rounds))
+            print(row(result["cases"][-1]), flush=True)
+            record.write(options.out, result)
+        used = record.used_bytes()
         if used is not None:
+            result["card_used_gib"] = round(used / GIB, 2)
             print(f"\nmemory of the card in use at the end: {used / GIB:.1f} GiB")
-            met &= not options.a100 or used <= A100_LIMIT_BYTES
-    if options.model is None and not met:
-        sys.exit("a bound is missed")
+            record.write(options.out, result)
+    if random:
+        judged = [one for case in result["cases"] for one in record.judged(case["case"], [case], limits)]
+        judged += record.judged("the card", [result], limits)
+        print("\n".join(map(str, judged)))
+        if not all(one.holds for one in judged):
+            sys.exit("a bound is missed")
 
 
-def measure(client: TeacherClient, url: str, batch: int, tokens: int, rounds: int, stock_rounds: int) -> bool:
-    """One row; whether both bounds are met."""
+def measure(client: TeacherClient, url: str, batch: int, tokens: int, rounds: int, stock_rounds: int) -> dict[str, Any]:
+    """One case: times of the three, and how far frames and JSON are from each other."""
     rng = np.random.default_rng(batch * tokens)
     info = client.info()
     assert info.vocab_size is not None
 
-    def ids() -> list[list[int]]:
-        return rng.integers(10, info.vocab_size, (batch, tokens)).tolist()  # type: ignore[no-any-return]
+    with httpx.Client(base_url=url, timeout=300, trust_env=False) as http:
 
-    with httpx.Client(base_url=url, timeout=300) as http:
-
-        def complete(**more: int) -> object:
-            body = {"model": info.model, "prompt": ids(), "max_tokens": 1, "temperature": 0, **more}
+        def complete(ids: list[list[int]], **more: int) -> Any:
+            body = {"model": info.model, "prompt": ids, "max_tokens": 1, "temperature": 0, **more}
             answer = http.post("/v1/completions", json=body)
             answer.raise_for_status()
             return answer.json()
 
-        def prefill() -> object:
-            return complete()
+        def prefill(ids: list[list[int]]) -> Any:
+            return complete(ids)
 
-        def stock() -> object:
-            return complete(prompt_logprobs=K)
+        def stock(ids: list[list[int]]) -> Any:
+            return complete(ids, prompt_logprobs=K)
 
-        def frames() -> object:
-            return client.score_batch([(row[:1], row[1:]) for row in ids()], K)
+        def frames(ids: list[list[int]]) -> list[Scores]:
+            return client.score_batch([(row[:1], row[1:]) for row in ids], K)
 
-        times: dict[Callable[[], object], list[float]] = {prefill: [], frames: [], stock: []}
-        for number in range(rounds + 1):  # the first round warms up
+        def ids() -> list[list[int]]:
+            return rng.integers(10, info.vocab_size, (batch, tokens)).tolist()  # type: ignore[no-any-return]
+
+        same = ids()  # this round warms up
+        prefill(ids())
+        difference = largest_difference(frames(same), stock(same)["choices"], same)
+        times: dict[Callable[[list[list[int]]], Any], list[float]] = {prefill: [], frames: [], stock: []}
+        for number in range(rounds):
             for call, spent in times.items():
-                if call is stock and number > stock_rounds:
+                if call is stock and number >= stock_rounds:
                     continue
+                asked = ids()
                 started = time.perf_counter()
-                call()
-                if number:
-                    spent.append(1000 * (time.perf_counter() - started))
+                call(asked)
+                spent.append(1000 * (time.perf_counter() - started))
     plain, ours, theirs = (statistics.median(times[call]) for call in (prefill, frames, stock))
-    spread = " / ".join(f"{min(times[call]):.1f}-{max(times[call]):.1f}" for call in (prefill, frames, stock))
-    row = f"| {batch} x {tokens} | {plain:.1f} | {ours:.1f} | {ours / plain:.3f} | {theirs:.0f} | {theirs / ours:.1f} |"
-    print(f"{row}  <!-- {spread} -->", flush=True)
-    return ours <= PREFILL_BOUND * plain and theirs >= STOCK_BOUND * ours
+    return {
+        "case": f"{batch}x{tokens}",
+        "prefill_ms": plain,
+        "prefill_all_ms": times[prefill],
+        "frames_ms": ours,
+        "frames_all_ms": times[frames],
+        "json_ms": theirs,
+        "json_all_ms": times[stock],
+        "frames_of_prefill": ours / plain,
+        "json_of_frames": theirs / ours,
+        "largest_logprob_difference": difference,
+    }
+
+
+def largest_difference(frames: Sequence[Scores], choices: Sequence[Any], ids: Sequence[Sequence[int]]) -> float:
+    """Between the logprobs of one and the other, of the response tokens and of the K most likely by rank."""
+    differences = []
+    for ours, choice, one in zip(frames, choices, ids, strict=True):
+        theirs = from_prompt_logprobs(choice["prompt_logprobs"], 1, np.asarray(one[1:]), K)
+        differences.append(np.abs(ours.chosen - theirs.chosen).max())
+        differences.append(np.abs(ours.logprobs[:, :K] - theirs.logprobs[:, :K]).max())
+    return float(np.max(differences))
+
+
+def row(case: dict[str, Any]) -> str:
+    """Of the table."""
+    spread = " / ".join(
+        f"{min(case[name]):.1f}-{max(case[name]):.1f}" for name in ("prefill_all_ms", "frames_all_ms", "json_all_ms")
+    )
+    return (
+        f"| {case['case']} | {case['prefill_ms']:.1f} | {case['frames_ms']:.1f} | {case['frames_of_prefill']:.3f} "
+        f"| {case['json_ms']:.0f} | {case['json_of_frames']:.1f} |  <!-- {spread} -->"
+    )
 
 
 @contextmanager
@@ -199,30 +244,11 @@ def random_model(folder: Path) -> Path:
     return model
 
 
-def machine() -> str:
-    """The card, or the processor."""
-    asked = subprocess.run(
-        ["sh", "-c", "nvidia-smi --query-gpu=name --format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or f"{platform.machine()}, {os.cpu_count()} cores"
-
-
 def card_bytes() -> int:
     """The card's whole memory."""
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory)
-
-
-def used_bytes() -> int | None:
-    """Memory in use on the card, by everybody; None without a card."""
-    asked = subprocess.run(
-        ["sh", "-c", "nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return int(asked.stdout.split()[0]) << 20 if asked.stdout.strip() else None
 
 
 if __name__ == "__main__":

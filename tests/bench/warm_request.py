@@ -1,14 +1,17 @@
 """A warm request end to end: from its creation to the head's move, with a real teacher, object store and API server.
 
-    python tests/bench/warm_request.py --json OUT.json     a 32B of random weights on one GPU, a worker on another
+    python tests/bench/warm_request.py --out OUT.json      a 32B of random weights on one GPU, a worker on another
     python tests/bench/warm_request.py --small             tiny models, any machine: for correctness alone
+    python tests/bench/warm_request.py --small --teacher-url http://localhost:8000 --tokenizer DIR   a running teacher
 
 Everything is the real part: vLLM behind `python -m claas_teacher` and its frames, SeaweedFS, etcd and API server, the
 operator and the agent, each a process. Only the kubelet is played: the worker's process is started where the operator's
 Job has got its Pod. One adapter, one request after another, each the next step of it. What a client of the API server
 sees is timed: created, bound, claimed, reported, Complete. Beside it, in the same run: the teacher alone (the same
 client, the same lengths, before the worker is there) and the student alone (the step's own `stepMs`). The bound
-is on what remains of bound to Complete without these two.
+is on what remains of bound to Complete without these two (bounds.yaml). Needs this repository's environment and what
+`make env` fetches (--kube and --tokenizer where nothing can be fetched), and a GPU's vLLM for the teacher's process
+(--teacher-path). Minutes, most of them the teacher's start.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,8 +37,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("crds", "worker", "teacher", "operator", "tests", "tests/bench")]
 
 import numpy as np  # noqa: E402
+import record  # noqa: E402
 import torch  # noqa: E402
-from cold_start import BASE, SMALL, machine, write_model  # noqa: E402
+from cold_start import BASE, SMALL, write_model  # noqa: E402
 from student_step import QWEN_3B  # noqa: E402
 from teacher_scoring import QWEN_32B, server  # noqa: E402
 
@@ -51,25 +55,25 @@ from cluster.process import spawn, tails  # noqa: E402
 from operatorstage import GROUP, Stage, apply_crds  # noqa: E402
 
 ADAPTER = "coder"
-OVERHEAD_BOUND_MS = 150.0
 TOP_K = 100
 READY_SECONDS, REQUEST_SECONDS, COMPILE_SECONDS = 300.0, 120.0, 240.0
 PREFIX_TOKENS = 48  # about what the request's template comes to
+IDS = (1000, 50_000)  # of responses; up to the vocabulary where that is smaller
 SEEN = ("bound", "claimed", "reported", "complete")
 PARTS = ("bound to claimed", "load", "teacher", "step", "save", "step to reported", "reported to complete")
 
 
 def main() -> None:
     """Measure, print, and keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--small", action="store_true", help="tiny models, for machines without GPUs")
     parser.add_argument("--tokens", type=int, default=1024, help="of the response")
     parser.add_argument("--rounds", type=int, default=10, help="measured requests")
     parser.add_argument("--tokenizer", type=Path, help="a folder's; by default fetched (tests/models.py)")
     parser.add_argument("--kube", type=Path, help="a folder with the program `kube`, on a machine that cannot build it")
+    parser.add_argument("--teacher-url", help="a teacher that runs; --tokenizer has to be its own")
     parser.add_argument("--teacher-path", default="", help="PYTHONPATH of the teacher's process alone")
     parser.add_argument("--logs", type=Path, help="a folder that keeps the processes' logs")
-    parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
     if options.kube is not None:
         programs.ensure_kube = lambda: options.kube
@@ -79,10 +83,10 @@ def main() -> None:
         finally:
             if options.logs is not None:
                 keep_logs(Path(scratch), options.logs)
+    record.write(options.out, result)
     print(table(result))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1))
-    if not options.small and result["overhead_ms"] > OVERHEAD_BOUND_MS:
+    judged = record.judged("warm request", [result], result["bounds"])
+    if not options.small and not all(one.holds for one in judged):
         sys.exit("the bound is missed")
 
 
@@ -92,16 +96,13 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     with on_gpu("1"):
         student = write_model(folder / "student", SMALL if options.small else QWEN_3B, tokenizer)
     torch.cuda.empty_cache()
-    if options.small:
-        teacher, flags = models.tiny_qwen_dir(), ["--dtype=float32", "--max-model-len=2048"]
-    else:
-        teacher, flags = folder / "teacher", ["--load-format=dummy", "--max-model-len=8192"]
-        shutil.copytree(tokenizer, teacher)
-        (teacher / "config.json").write_text(json.dumps(QWEN_32B))
     with ExitStack() as stack:
-        with on_gpu("0", PYTHONPATH=options.teacher_path):
-            url = stack.enter_context(server(teacher, flags, folder / "vllm", folder / "teacher.log"))
-        teacher_ms = teacher_alone(url, options.tokens)
+        url = options.teacher_url
+        if url is None:
+            model, flags = teacher_model(folder / "teacher", tokenizer, options.small)
+            with on_gpu("0", PYTHONPATH=options.teacher_path):
+                url = stack.enter_context(server(model, flags, folder / "vllm", folder / "teacher.log"))
+        teacher_ms, vocabulary = teacher_alone(url, options.tokens, rounds=2 if options.small else 9)
         (folder / "store").mkdir()
         store = stack.enter_context(objectstore.running(folder / "store"))
         os.environ.update(store.environment)
@@ -116,21 +117,24 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             f"s3://{store.bucket}/{stage.team}/{ADAPTER}/", BASE, student, Lora(), adapter["metadata"]["uid"]
         )
         watch = Watch(stage)
-        first = Request(stage, watch, "first", options.tokens)  # it makes the operator start a worker
+
+        def ask(name: str) -> Request:
+            return Request(stage, watch, name, drawn(options.tokens, vocabulary))
+
+        first = ask("first")  # it makes the operator start a worker
         with on_gpu("1"):
             worker = Worker(stage, student, url)
         cold = first.result(worker) | {
             "ready_s": worker.ready_s,
             "process_to_result_s": first.seen["reported"] - worker.started,
         }
-        warm_up(stage, watch, worker, options)
-        rounds = [
-            Request(stage, watch, f"warm-{number}", options.tokens).result(worker) for number in range(options.rounds)
-        ]
+        if not options.small:
+            warm_up(ask, worker)
+        rounds = [ask(f"warm-{number}").result(worker) for number in range(options.rounds)]
         watch.close()
     median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    return {
-        "machine": machine(),
+    return record.circumstances("warm_request", "torch", "transformers", "peft") | {
+        "bounds": record.bounds("warm_request"),
         "tokens": options.tokens,
         "teacher_alone_ms": teacher_ms,
         "student_alone_ms": median["step"],
@@ -139,6 +143,15 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "rounds_ms": rounds,
         "first": cold,
     }
+
+
+def teacher_model(folder: Path, tokenizer: Path, small: bool) -> tuple[Path, list[str]]:
+    """What the teacher is to be started on, and vLLM's flags."""
+    if small:
+        return models.tiny_qwen_dir(), ["--dtype=float32", "--max-model-len=2048"]
+    shutil.copytree(tokenizer, folder)
+    (folder / "config.json").write_text(json.dumps(QWEN_32B))
+    return folder, ["--load-format=dummy", "--max-model-len=8192"]
 
 
 # Times of an installation, where the stage's own are those of hurried tests.
@@ -182,8 +195,7 @@ class Request:
         seen: when (monotonic) what of SEEN was seen first.
     """
 
-    def __init__(self, stage: Stage, watch: Watch, name: str, tokens: int) -> None:
-        ids = np.random.default_rng(abs(hash(name)) % 2**32).integers(1000, 50_000, tokens).tolist()
+    def __init__(self, stage: Stage, watch: Watch, name: str, ids: list[int]) -> None:
         sample = {"prompt": "Say something.", "responseTokenIds": ids, "finishReason": "length", "feedback": "Shorter."}
         self._watch, self._name, self.seen = watch, name, dict[str, float]()
         self._created = time.monotonic()
@@ -265,28 +277,35 @@ class Worker:
         return [line for line in found if line["message"] == message]
 
 
-def warm_up(stage: Stage, watch: Watch, worker: Worker, options: argparse.Namespace) -> None:
-    """Requests until the engine has its loss and its graphs for these lengths; two where there is no engine."""
+def warm_up(ask: Callable[[str], Request], worker: Worker) -> None:
+    """Requests, two at least, until the engine has its loss and its graphs for these lengths."""
     end = time.monotonic() + COMPILE_SECONDS
-    number, still = 0, 0 if options.small else 2
-    while number < 2 or len(worker.lines("engine made ready")) < still:
+    number = 0
+    while number < 2 or len(worker.lines("engine made ready")) < 2:
         if time.monotonic() > end:
             sys.exit(f"the engine is not ready{tails([worker.log], 30)}")
-        Request(stage, watch, f"up-{number}", options.tokens).result(worker)
+        ask(f"up-{number}").result(worker)
         number += 1
 
 
-def teacher_alone(url: str, tokens: int, rounds: int = 9) -> float:
-    """Milliseconds from a call to arrays in hand, median; every call with ids of its own."""
-    rng = np.random.default_rng(0)
+def drawn(tokens: int, vocabulary: int) -> list[int]:
+    """Ids that no call before had."""
+    return np.random.default_rng().integers(IDS[0], min(IDS[1], vocabulary), tokens).tolist()  # type: ignore[no-any-return]
+
+
+def teacher_alone(url: str, tokens: int, rounds: int) -> tuple[float, int]:
+    """Milliseconds from a call to arrays in hand, median; every call with ids of its own. And the size of its
+    vocabulary."""
     times = []
     with TeacherClient(url) as client:
+        vocabulary = client.info().vocab_size
+        assert vocabulary is not None
         for _ in range(rounds + 2):
-            ids = rng.integers(1000, 50_000, PREFIX_TOKENS + tokens)
+            ids = drawn(PREFIX_TOKENS + tokens, vocabulary)
             started = time.perf_counter()
             client.score(ids[:PREFIX_TOKENS], ids[PREFIX_TOKENS:], TOP_K)
             times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[2:])
+    return statistics.median(times[2:]), vocabulary
 
 
 def on_gpu(number: str, **variables: str) -> AbstractContextManager[object]:
@@ -311,7 +330,10 @@ def table(result: Mapping[str, Any]) -> str:
         each = [one[name] for one in rounds]
         lines.append(f"| {name} | {value:.0f} | {min(each):.0f}-{max(each):.0f} |")
     lines.append(f"| teacher alone | {result['teacher_alone_ms']:.0f} | |")
-    lines.append(f"| **bound to complete without teacher and student** | {result['overhead_ms']:.0f} | bound 150 |")
+    lines.append(
+        f"| **bound to complete without teacher and student** | {result['overhead_ms']:.0f} | at most "
+        f"{result['bounds']['overhead_ms']['at_most']} |"
+    )
     lines.append(f"\nfirst request of the process: {json.dumps({k: round(v, 2) for k, v in result['first'].items()})}")
     return "\n".join(lines)
 

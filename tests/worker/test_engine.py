@@ -4,9 +4,6 @@ GPU."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -448,24 +445,3 @@ def test_the_least_recently_used_adapters_leave_the_gpu(
     monkeypatch.setattr(bank, "_capacity_bytes", 2 * resident.size_bytes)
     last = fast.train(fast.adapter("idle3"), [SHORT]).uri
     assert [bank.get(uri) is not None for uri in (*heads, last)] == [False, True, False, True]
-
-
-def test_the_bench_agrees_with_plain_peft() -> None:
-    """`tests/bench/student_step.py --smoke`: the whole step against PEFT's autograd, on a tiny model."""
-    bench = Path(__file__).parents[1] / "bench" / "student_step.py"
-    command = [sys.executable, str(bench), "--smoke", "--rounds", "1", "--no-plain", "--cases", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "1.00000" in done.stdout
-
-
-@pytest.mark.stress  # 220 MB of packages that nothing else needs, from the registry
-def test_the_bench_runs_the_trainer_of_trl(tmp_path: Path) -> None:
-    """`tests/bench/step_against_trl.py --smoke`: its loss is finite, its step moves weights, its tokens are ours."""
-    bench, out = Path(__file__).parents[1] / "bench" / "step_against_trl.py", tmp_path / "trl.json"
-    command = [sys.executable, str(bench), "--smoke", "--rounds", "1", "--cases", "0", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (case,) = json.loads(out.read_text())["cases"]
-    assert case["trl_ms"] > case["trl_teacher_ms"] > 0
-    assert case["trl_gradient_norm"] > 0 < case["trl_largest_change"]
