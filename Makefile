@@ -35,7 +35,7 @@ stress: python ## what `make test` leaves out: a hundred steps under kills, load
 	$(PY) -m pytest tests -q -m stress --stress
 
 .PHONY: test-images
-test-images: python ## the one test of the full images: build, import, run a request (gigabytes, minutes)
+test-images: python ## the one test of the full images: build, import, run a request (15 GB of free disk, minutes)
 	@python3.11 tests/prepare.py
 	$(PY) -m pytest tests/e2e -q -m images --images
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ NAMES = ("operator", "worker", "teacher")
 PACKAGES = {"teacher": ("g++", "libnuma1", "python3-dev")}
 # The operator may land on either node; the others where their pool or model is.
 PLACES = {"operator": tuple(NODES), "worker": ("l40s", "a100"), "teacher": ("a100",)}
+
+
+# What is free before and taken at the height of it: layers, an archive, and what the nodes hold of it.
+FULL_BYTES = 15 * 10**9
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,17 @@ def verified() -> Path:
             digest.update(file.read_bytes())
         digest.update((ROOT / name / "Dockerfile").read_bytes())
     return bootstrap.cache_dir() / f"images-verified-{digest.hexdigest()[:16]}"
+
+
+def no_room(needs_bytes: int = FULL_BYTES) -> str:
+    """Why the full images cannot be built and run here, where disk is what is missing; else empty."""
+    for folder in (bootstrap.cache_dir(), Path("/var/lib/containers")):  # the nodes, and buildah's layers
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        free_bytes = shutil.disk_usage(there).free
+        if free_bytes < needs_bytes:
+            needs, free = needs_bytes / 10**9, free_bytes / 10**9
+            return f"the full images need {needs:.0f} GB of free disk at {folder}, and there are {free:.1f} GB"
+    return ""
 
 
 def build(*, slim: bool, cpu_teacher: bool = True, names: tuple[str, ...] = NAMES) -> dict[str, Image]:

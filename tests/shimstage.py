@@ -184,7 +184,7 @@ class Shim:
     """One process of it."""
 
     def __init__(self, stage: ShimStage, number: int, config: Path, kubeconfig: Path) -> None:
-        self.stage, self.port = stage, free_port()
+        self.stage, self.number, self.port = stage, number, free_port()
         self.log = stage.folder / f"shim-{number}.log"
         self.url = f"http://127.0.0.1:{self.port}"
         self.log.touch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -46,6 +47,19 @@ def test_an_operator_that_cannot_start_ends(release: Release, tmp_path: Path) ->
     broken.write_text("{}")
     process = forks.operator(tmp_path / "log", {"KUBECONFIG": str(broken)}, ["--config", str(release.config)])
     assert process.wait(timeout=30) == 1
+
+
+@pytest.mark.controlplane
+def test_a_start_lists_everything_for_the_watches_and_once_to_compare(releases: Callable[..., Release]) -> None:
+    """A list that began before leadership was won would have to be made again: of 20,000 objects it takes seconds."""
+    release = releases(timings={"relistSeconds": 60})
+    release.start_operator()
+    release.wait_to_lead(0)
+    kinds = ("distillrequests", "loraadapters", "jobs", "pods", "leases")
+    paths = [call.path for call in release.api_proxy.calls if call.method == "GET" and not call.is_watch]
+    firsts = [path for path in paths if "limit=" in path and "continue=" not in path]
+    lists = [path.partition("?")[0].rpartition("/")[2] for path in firsts]
+    assert {kind: lists.count(kind) for kind in kinds} == dict.fromkeys(kinds, 2)
 
 
 @pytest.mark.controlplane

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import images
 from cluster.images import pip_settings
 from cluster.nodes import archive_ids
 from cluster.process import ClusterError
@@ -23,3 +24,8 @@ def test_a_file_that_is_no_image_archive_is_refused_by_name(tmp_path: Path) -> N
     (tmp_path / "image.tar").write_text("not a tar")
     with pytest.raises(ClusterError, match=r"image\.tar is no image archive"):
         archive_ids(tmp_path / "image.tar")
+
+
+def test_a_disk_without_room_for_the_full_images_is_named_with_what_they_need() -> None:
+    assert images.no_room(1) == ""
+    assert "the full images need 1000000 GB of free disk at /" in images.no_room(10**15)

@@ -14,6 +14,14 @@ from kubectl import condition
 pytestmark = [pytest.mark.images, pytest.mark.e2e, pytest.mark.timeout(3600)]
 
 
+@pytest.fixture(scope="session")
+def room() -> None:
+    """Said before anything is built: a full disk fails somewhere else, with somebody else's words."""
+    if why := images.no_room():
+        pytest.skip(why)
+
+
+@pytest.mark.usefixtures("room")
 def test_user_runs_a_request_on_the_full_images(installed: Deployment, cluster: Cluster) -> None:
     deployment.uninstall(installed)
     where = deployment.install(cluster, given=installed.given, full=True)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import re
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from kubernetes.aio import client, config
 
+import collector
 from claas_crds import names
 from claas_operator.shim import spec
 from claas_operator.shim.cluster import Cluster
 from claas_operator.snapshot import Kind
 from cluster.controlplane import ControlPlane
-from shimstage import Shim, ShimStage
+from cluster.process import wait_for
+from objectstore import free_port
+from shimstage import SHIM, Shim, ShimStage
 
 pytestmark = pytest.mark.controlplane
 
@@ -31,6 +36,22 @@ CUT_OFF = 60  # callers of a shim that is killed
 # The bound is judged on a machine that does nothing else (`make bench-api`); shared cores would be measured instead.
 LATE_SECONDS = float(os.environ.get("CLAAS_LATE_SECONDS", "inf"))
 MEMORY_BYTES = 100 * 2**20
+
+
+def test_the_collector_leaves_alone_what_stays(stage: ShimStage, shim: Shim, tmp_path: Path) -> None:
+    """A look at modules and models would hold up every caller for 65 ms."""
+    environment = {"KUBECONFIG": str(stage.control_plane.kubeconfig_of(SHIM)), **stage.store.environment}
+    port = free_port()
+    arguments = ["--config", str(stage.folder / f"shim-{shim.number}.yaml"), "--port", str(port)]
+
+    def ready() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200
+        return False
+
+    with collector.watched(tmp_path, environment, "claas_operator.shim.__main__", arguments) as (log, told):
+        wait_for("the shim to be ready", ready, 30, logs=[log])
+    assert told["frozen"] > 50_000
 
 
 def client_of(stage: ShimStage, url: str = "") -> httpx.AsyncClient:

@@ -13,7 +13,10 @@ from urllib.parse import urlsplit
 
 
 class LossyProxy:
-    """Forwards to `endpoint`; the next `lose` answers to requests that begin with `method` and hold `text` are lost."""
+    """Forwards to `endpoint`; the next `lose` answers to requests that begin with `method` and hold `text` are lost.
+
+    What begins with a line that holds `slow` waits here, as if it were still being sent, until `go_on` is set.
+    """
 
     def __init__(self, endpoint: str) -> None:
         address = urlsplit(endpoint)
@@ -21,6 +24,9 @@ class LossyProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.lose, self.method, self.text, self.lost = 0, b"PUT ", b"", 0
+        self.slow, self.go_on = b"", threading.Event()
+        # Something waits here; the last answer that was to be lost is; a DELETE has come.
+        self.held, self.all_lost, self.deleting = threading.Event(), threading.Event(), threading.Event()
         self.heads: list[str] = []  # of the requests, lower case, as far as their first packet goes
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -47,6 +53,11 @@ class LossyProxy:
                     if data.split(b" ", 1)[0] in (b"PUT", b"GET", b"POST", b"HEAD", b"DELETE"):
                         last[0] = data.split(b"\r\n", 1)[0]
                         self.heads.append(data.split(b"\r\n\r\n", 1)[0].decode(errors="replace").lower())
+                        if last[0].startswith(b"DELETE "):
+                            self.deleting.set()
+                        if self.slow and self.slow in last[0]:
+                            self.held.set()
+                            self.go_on.wait(60)
                     server.sendall(data)
                 server.shutdown(socket.SHUT_WR)
 
@@ -63,6 +74,8 @@ class LossyProxy:
             if self.lose > 0 and request.startswith(self.method) and self.text in request:
                 self.lose -= 1
                 self.lost += 1
+                if not self.lose:
+                    self.all_lost.set()
                 return True
             return False
 

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,23 @@ def test_a_part_that_fails_for_good_leaves_nothing_of_the_others(
         open_store(bucket).get(f"{bucket}object")
     proxy.lose = 0
     open_store(bucket).put(f"{bucket}object", bytes(31 * 2**20))
+
+
+def test_an_upload_is_not_ended_while_a_part_of_it_is_still_being_sent(
+    proxy: LossyProxy, bucket: str, small_parts: None, object_store: ObjectStore
+) -> None:
+    """The store would take that part all the same, and nobody would ever free it."""
+    proxy.text, proxy.lose, proxy.slow = b"partNumber=2", s3.ATTEMPTS, b"partNumber=3"
+    with ThreadPoolExecutor(1) as pool:
+        put = pool.submit(open_store(bucket).put, f"{bucket}object", bytes(11 * 2**20))
+        assert proxy.held.wait(20) and proxy.all_lost.wait(20)
+        assert not proxy.deleting.wait(1), "the end came while the third part was on its way"
+        proxy.go_on.set()
+        with pytest.raises(StorageUnavailable):
+            put.result(timeout=20)
+    assert proxy.deleting.is_set()
+    client, prefix = object_store.client(), bucket.removeprefix(f"s3://{object_store.bucket}/")
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=object_store.bucket, Prefix=prefix)
 
 
 def test_a_server_that_sends_on_and_on_without_a_length_is_not_read_to_its_end(
