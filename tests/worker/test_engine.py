@@ -4,11 +4,13 @@ GPU."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -24,6 +26,7 @@ from claas_worker.engine import Engine, arrange
 from claas_worker.engine_adapters import ROW, FlatState, adamw
 from claas_worker.engine_decoder import Unsupported
 from claas_worker.optim import BETAS, EPS, WEIGHT_DECAY
+from claas_worker.sdpo import PLAIN_SCORE, LossBatch, Part, sdpo_loss_from_hidden
 from claas_worker.student import Student
 from trainee import FRENCH, SAMPLE, SHORT, Trainee, base_digest, tiny_student
 
@@ -144,12 +147,13 @@ def unwritten_is_nan() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama3"])
-def test_a_cpu_in_bf16_reads_nothing_that_nobody_wrote(kind: str, unwritten_is_nan: None) -> None:
-    """Widths at which its products read columns past those they are given."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cpu_reads_nothing_that_nobody_wrote(kind: str, dtype: torch.dtype, unwritten_is_nan: None) -> None:
+    """Widths at which its products in bf16 read columns past those they are given."""
     wide = {"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2}
     config, model_class, more = KINDS[kind]
     torch.manual_seed(0)
-    model = model_class(config(**{**FEW, **more, **wide})).to(torch.bfloat16).eval().requires_grad_(False)
+    model = model_class(config(**{**FEW, **more, **wide})).to(dtype).eval().requires_grad_(False)
     engine = Engine(model)
     bank = Bank(model, capacity_bytes=1 << 30)
     bank.flatten(engine.places)
@@ -174,6 +178,59 @@ def test_a_cpu_in_bf16_reads_nothing_that_nobody_wrote(kind: str, unwritten_is_n
     assert cosine(flat(ours), flat(theirs)) > 0.999
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama3"])
+@pytest.mark.parametrize("ranks", [[1], [8], [16], [32], [1, 8, 32], [32, 8, 16, 32]])
+def test_a_cpu_in_bf16_takes_the_step_of_peft(kind: str, ranks: list[int]) -> None:
+    """Loss and gradients of adapters that change much, in one batch, against each alone in PEFT."""
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+    config, model_class, more = KINDS[kind]
+    torch.manual_seed(0)
+    model = model_class(config(**{**FEW, **more, **wide})).to(torch.bfloat16).eval().requires_grad_(False)
+    head, adapters, steps = model.get_output_embeddings().weight, [], []
+    plains = [
+        peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=SEVEN))
+        for rank in ranks
+    ]
+    engine = Engine(model)
+    bank = Bank(model, capacity_bytes=1 << 30)
+    bank.flatten(engine.places)
+    for number, (rank, plain) in enumerate(zip(ranks, plains, strict=True)):
+        random, generator = np.random.default_rng(number), torch.Generator().manual_seed(number)
+        spread = {"A": 512**-0.5, "B": 0.5 * rank**-0.25}
+        tensors = {
+            key: random.normal(0, spread[key.split("lora_")[1][0]], value.shape).astype(np.float32)
+            for key, value in peft.get_peft_model_state_dict(plain).items()
+        }
+        peft.set_peft_model_state_dict(plain, {key: torch.from_numpy(tensor) for key, tensor in tensors.items()})
+        lora = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": SEVEN}
+        adapters.append(bank.add(f"s3://b/{number}/", lora, tensors))
+        ids = torch.randint(0, 300, (40 + 7 * number,), generator=generator)
+        response = ids[12:]
+        support = torch.randint(0, 300, (len(response), 20), generator=generator)
+        teacher = torch.randn(len(response), 21, generator=generator).log_softmax(-1)[:, :20]
+        steps.append((ids[:-1], Part(response, support, teacher, None, len(response))))
+
+    done = engine.forward([ids.tolist() for ids, _ in steps], [adapter.flat for adapter in adapters])
+    options = {"alpha": 0.5, "clip_eps": 0.2, "jsd_reg_weight": 0.5, "pg_weight": 1.0, "advantage_clip": 10.0}
+    batch = LossBatch([part for _, part in steps], head, options)
+    starts = [done.start(row, 12) for row in range(len(steps))]
+    sums = batch.enqueue(done.hidden, starts, done.gradient, PLAIN_SCORE).tolist()
+    done.backward()
+    for row, (plain, adapter, (ids, part)) in enumerate(zip(plains, adapters, steps, strict=True)):
+        hidden = plain.base_model.model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0, 11:]
+        expected = sdpo_loss_from_hidden(hidden, head, *part[:3], total_tokens=part.total_tokens)
+        expected.loss.backward()
+        theirs = {name.replace(".default", ""): p.grad for name, p in plain.named_parameters() if p.requires_grad}
+        assert adapter.flat is not None
+        out = torch.full_like(adapter.flat.weights, torch.nan)
+        done.collect(adapter.flat, out, add=False)
+        ours = adapter.flat.layout.split(out)
+        assert ours.keys() == theirs.keys()
+        assert cosine(flat(ours), flat({key: theirs[key] for key in ours})) >= 0.999
+        loss = batch.metrics(row, sums[row])["total_loss"]
+        assert loss == pytest.approx(expected.metrics["total_loss"], rel=1e-3)
+
+
 def flat(gradients: Mapping[str, Any]) -> torch.Tensor:
     """All of them, one after the other."""
     return torch.cat([gradient.flatten().float() for gradient in gradients.values()])
@@ -181,7 +238,7 @@ def flat(gradients: Mapping[str, Any]) -> torch.Tensor:
 
 def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
     """Of all numbers at once."""
-    return float(torch.nn.functional.cosine_similarity(one.flatten().float(), other.flatten().float(), dim=0))
+    return float(torch.nn.functional.cosine_similarity(one.flatten().double(), other.flatten().double(), dim=0))
 
 
 @pytest.mark.parametrize("kind", FOREIGN)

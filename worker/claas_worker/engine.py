@@ -63,7 +63,7 @@ class Shape(NamedTuple):
 
 
 class Slots:
-    """n adapters' weights in the base's precision, as the passes read them, and the gradients as these write them.
+    """n adapters' weights in the decoder's `lora_dtype`, as the passes read them, and gradients as these write them.
 
     Attributes:
         a, b: by group, (n, layers, p r, i) and (n, layers, o, p r): member j of a group has columns j r to (j+1) r.
@@ -77,11 +77,12 @@ class Slots:
         sizes = [
             ((n, layers, len(ends) * rank, i), (n, layers, ends[-1], len(ends) * rank)) for i, ends in decoder.shapes
         ]
-        if n == 1 and rank == WIDE_RANK:
+        own = decoder.lora_dtype
+        if n == 1 and rank == WIDE_RANK and own == like.dtype:
             self.a, self.b = ([sides[side] for sides in decoder.around] for side in (0, 1))
         else:
-            self.a, self.b = ([like.new_zeros(size[side]) for size in sizes] for side in (0, 1))
-        self.grad_a, self.grad_b = ([like.new_empty(size[side]) for size in sizes] for side in (0, 1))
+            self.a, self.b = ([like.new_zeros(size[side], dtype=own) for size in sizes] for side in (0, 1))
+        self.grad_a, self.grad_b = ([like.new_empty(size[side], dtype=own) for size in sizes] for side in (0, 1))
         self._views: list[list[tuple[Block, Tensor, Tensor, Tensor, Tensor]]] = [[]] * n  # by slot, of what it holds
         self._held: list[object] = [""] * n  # layout of what a slot holds: it is zero elsewhere
 

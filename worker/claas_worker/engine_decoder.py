@@ -12,6 +12,8 @@ What is unusual:
   below their rows, and A x lies behind the columns of x. So one product gives W x + B A x, and one W' dy + A' B' dy,
   without passing over the outputs again. It is done where it gains: where a function of rows writes x, or dy, and the
   product is not so long (22,016 of gate and up, 11,008 of down) that a few columns more cost cuBLAS a pass of its own.
+- A CPU's products of A and B are in fp32 whatever the base is, and added to the base's before that is rounded a second
+  time: PEFT's arithmetic.
 - Between the products lie a few functions of rows (`Rows`), which are compiled on a GPU and are plain torch elsewhere.
 - Whether this is the model's arithmetic is not trusted but tried (`engine.py`): structure is read off the modules, and
   what comes out is compared with the model's own forward pass before anything is trained on it.
@@ -145,6 +147,7 @@ class Decoder:
         places: of the model's linear layers, by name.
         shapes: of each group: (inputs, ends of the members' outputs).
         around: by group, A (1, layers, p WIDE_RANK, i) and B (1, layers, o, p WIDE_RANK) of a lone adapter.
+        lora_dtype: of A and B.
 
     Raises:
         Unsupported: it is built in another way; the message says how.
@@ -155,6 +158,8 @@ class Decoder:
         self.places: dict[str, Place] = {}
         self._check(model, base, config)
         self.embedding: Tensor = base.embed_tokens.weight
+        own = self.embedding.dtype
+        self.lora_dtype = own if self.embedding.is_cuda else torch.promote_types(own, torch.float32)
         self.norm: Tensor = base.norm.weight
         self.eps = float(base.norm.variance_epsilon)
         self._rotary = base.rotary_emb
@@ -341,10 +346,11 @@ class Decoder:
         beside.settle()
 
     def _wide(self, like: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """New rows of so many columns, with and without the TAIL behind them."""
-        wide = like.new_empty(like.shape[0], columns + TAIL)
-        if not wide.is_cuda:  # a CPU's bf16 product reads columns past its own, and NaN times 0 is NaN
-            wide[:, columns:] = 0
+        """New rows of so many columns, with and without the TAIL behind them.
+
+        There is none where nothing could lie in it: a CPU's bf16 product reads columns past its own.
+        """
+        wide = like.new_empty(like.shape[0], columns + (TAIL if like.dtype == self.lora_dtype else 0))
         return wide, wide[:, :columns]
 
     def _linear(
@@ -360,7 +366,10 @@ class Decoder:
             whole = self._whole[group][index, : ends[-1], :last].T
             y = x_wide[:, :last] @ whole if bias is None else torch.addmm(bias, x_wide[:, :last], whole)
             return y, x_wide[None, :, inputs:last]
-        low = torch.bmm(x.unflatten(0, (n, -1)), own_a.transpose(1, 2))
+        low = torch.bmm(x.to(own_a.dtype).unflatten(0, (n, -1)), own_a.transpose(1, 2))
+        if x.dtype != self.lora_dtype:
+            y = torch.bmm(low, own_b.transpose(1, 2)).flatten(0, 1)
+            return y.add_(functional.linear(x, weight, bias)).to(x.dtype), low
         if bias is None and ends[-1] > inputs:  # over many columns, the product itself had better add what is there
             y = torch.bmm(low, own_b.transpose(1, 2)).flatten(0, 1)
             return y.addmm_(x, weight.T), low
@@ -387,10 +396,12 @@ class Decoder:
             torch.mm(dy, own_b[0], out=dy_wide[:, ends[-1] : last])
             dx = dy_wide[:, :last] @ self._whole[group][index, :last, :inputs] if needed else dy.new_empty(0)
             return dx, dy_wide[None, :, ends[-1] : last]
-        d_low = torch.bmm(dy.unflatten(0, (n, -1)), own_b)
+        d_low = torch.bmm(dy.to(own_b.dtype).unflatten(0, (n, -1)), own_b)
         if not needed:
             return dy.new_empty(0), d_low
         weight = self.layers[index].stacks[group].weight
+        if dy.dtype != self.lora_dtype:
+            return torch.bmm(d_low, own_a).flatten(0, 1).add_(dy @ weight).to(dy.dtype), d_low
         if inputs > ends[-1]:
             dx = torch.bmm(d_low, own_a).flatten(0, 1)
             return dx.addmm_(dy, weight), d_low
@@ -432,8 +443,8 @@ def _joined(parameters: Sequence[nn.Parameter], into: Tensor | None = None) -> T
 def _linear_weights(dy: Tensor, x: Tensor, low: Tensor, d_low: Tensor, grad_a: Tensor, grad_b: Tensor) -> None:
     """Writes the gradients of A (n, p r, i) and B (n, o, p r)."""
     n = low.shape[0]
-    torch.bmm(d_low.transpose(1, 2), x.unflatten(0, (n, -1)), out=grad_a)
-    torch.bmm(dy.unflatten(0, (n, -1)).transpose(1, 2), low, out=grad_b)
+    torch.bmm(d_low.transpose(1, 2), x.to(d_low.dtype).unflatten(0, (n, -1)), out=grad_a)
+    torch.bmm(dy.to(low.dtype).unflatten(0, (n, -1)).transpose(1, 2), low, out=grad_b)
 
 
 def _up(x: Tensor) -> Tensor:
