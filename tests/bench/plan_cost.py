@@ -4,13 +4,17 @@
 all know that they wait; "new": none does yet; "bare": none has an adapter, and each could run now. Prints one JSON
 object a line; all of them are the result.
 
-    PYTHONPATH=tests python tests/bench/plan_cost.py --out build/plan.json     this repository's environment; minutes
+    python tests/bench/plan_cost.py --out build/plan.json     this repository's environment; half a minute
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import record
 

@@ -9,9 +9,9 @@ operator and the agent, each a process. Only the kubelet is played: the worker's
 Job has got its Pod. One adapter, one request after another, each the next step of it. What a client of the API server
 sees is timed: created, bound, claimed, reported, Complete. Beside it, in the same run: the teacher alone (the same
 client, the same lengths, before the worker is there) and the student alone (the step's own `stepMs`). The bound
-is on what remains of bound to Complete without these two (bounds.yaml). Needs this repository's environment and what
-`make env` fetches (--kube and --tokenizer where nothing can be fetched), and a GPU's vLLM for the teacher's process
-(--teacher-path). Minutes, most of them the teacher's start.
+is on what remains of bound to Complete without these two (bounds.yaml). Needs this repository's environment, a vLLM for
+GPUs in the teacher's process (--teacher-path), an API server and a tokenizer (built and fetched the first time; --kube
+and --tokenizer where that cannot be). Minutes, most of them the teacher's start.
 """
 
 from __future__ import annotations
