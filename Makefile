@@ -79,27 +79,27 @@ bench-api: env ## 200 callers at once: how late they hear, judged (on an idle ma
 # The benches below write build/NAME.json and draw it, a missed bound or not. ARGS=… goes to them; PY=… is another Python
 # than the environment's, which has vLLM for processors alone.
 bench = rm -f build/$(2).json build/$(2).png; $(PY) tests/bench/$(1) --out build/$(2).json $(ARGS); code=$$?; \
-  [ -e build/$(2).json ] && $(PY) tests/bench/bench_plots.py build/$(2).json; exit $$code
-ENV := $(if $(filter .venv/%,$(PY)),env)
+  if [ -e build/$(2).json ]; then $(PY) tests/bench/bench_plots.py build/$(2).json || exit; fi; exit $$code
+own_env := $(if $(filter .venv/%,$(PY)),env)
 
 .PHONY: bench-student
-bench-student: $(ENV) ## the training step on a GPU against plain PEFT: times, equality, memory, what the time is made of (3 minutes)
+bench-student: $(own_env) ## the training step on a GPU against plain PEFT: times, equality, memory, what the time is made of (3 minutes)
 	$(call bench,student_step.py --exact --profile --mixed 60,student)
 
 .PHONY: bench-trl
-bench-trl: $(ENV) ## the training step on a GPU against the SDPO trainer of TRL, whose packages are fetched for it (minutes)
+bench-trl: $(own_env) ## the training step on a GPU against the SDPO trainer of TRL, whose packages are fetched for it (minutes)
 	$(call bench,step_against_trl.py,trl)
 
 .PHONY: bench-teacher
-bench-teacher: $(ENV) ## the teacher's frames on a GPU (PY=… with its vLLM) against its plain prefill and stock JSON, within an A100's memory (minutes)
+bench-teacher: $(own_env) ## the teacher's frames on a GPU (PY=… with its vLLM) against its plain prefill and stock JSON, within an A100's memory (minutes)
 	$(call bench,teacher_scoring.py --a100,teacher)
 
 .PHONY: bench-warm
-bench-warm: $(ENV) ## a warm request end to end on two GPUs (PY=… with their vLLM): created, bound, taught, trained, saved, Complete (minutes)
+bench-warm: $(own_env) ## a warm request end to end on two GPUs (PY=… with their vLLM): created, bound, taught, trained, saved, Complete (minutes)
 	$(call bench,warm_request.py,warm)
 
 .PHONY: bench-cold
-bench-cold: $(ENV) ## a worker's process on a GPU to its first step, an agent's on a real API server, plain PEFT's beside it (minutes)
+bench-cold: $(own_env) ## a worker's process on a GPU to its first step, an agent's on a real API server, plain PEFT's beside it (minutes)
 	$(call bench,cold_start.py --agent --rounds 4,cold)
 
 .PHONY: bench-operator

@@ -15,7 +15,7 @@ import pytest
 
 from benchkit import BENCHES, assert_drawn, assert_positive, call, result_of
 
-SMALL_LOAD = ("--requests", "40", "--adapters", "8", "--namespaces", "2", "--workers", "2", "--idle", "5")
+SMALL_LOAD = ("--requests", "24", "--adapters", "8", "--namespaces", "2", "--workers", "2", "--idle", "3")
 
 
 def test_the_student_step_is_that_of_plain_peft(tmp_path: Path) -> None:
@@ -71,10 +71,11 @@ def test_a_few_dozen_requests_through_the_operator(tmp_path: Path) -> None:
     out = tmp_path / "load.json"
     call("operator_load", "run", *SMALL_LOAD, "--out", out)
     (record,) = json.loads(out.read_text())
-    assert (record["workers"], record["load"]["created_to_bound_seconds"]["count"]) == (2, 40)
+    assert (record["workers"], record["load"]["created_to_bound_seconds"]["count"]) == (2, 24)
     assert_positive(record["raw"], "writes_per_second")
     assert_positive(record["load"], "writes_per_second", "requests_per_second", "rss_bytes", "writes_per_request")
-    assert 5 <= record["load"]["writes_per_request"] <= 7  # created, bound, claimed, reported and completed at least
+    # Created, bound, claimed, reported, completed, and the head's move; a wait is told where the machine is slow.
+    assert 5 <= record["load"]["writes_per_request"] - record["load"]["told_per_request"] <= 7
     call("operator_load", "plot", "--out", out)
     assert_drawn(out.with_suffix(".png"))
     # A machine that does something else is slow: the verdict is tried on numbers that no machine changes.
