@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -313,6 +313,11 @@ class MemoryApi:
     async def get(self, kind: Kind, namespace: str, name: str) -> Raw | None:
         await self.pause()
         return self.objects.get((kind, namespace, name))
+
+    async def get_path(self, path: str, query: Mapping[str, str] | None = None) -> Raw | None:
+        """Of the kinds that are not here there is nothing."""
+        await self.pause()
+        return None
 
     async def list(self, kind: Kind, selector: str = "", *, metadata_only: bool = False) -> AsyncIterator[Raw]:
         await self.pause()

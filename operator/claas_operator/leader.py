@@ -32,7 +32,8 @@ class Leader:
     """`run` it; `leading()` says at any moment whether to act.
 
     Args:
-        changed: called when leadership was won or lost, and when contact with the API server was lost or found.
+        changed: told whether we lead, when leadership was won or lost, and when contact with the API server was lost or
+            found. A renewal that comes late, to a Lease that nobody else took, is no change.
         owners: the Lease's ownerReferences as far as they are known by now; asked at each write.
     """
 
@@ -40,7 +41,7 @@ class Leader:
         self,
         api: Api,
         settings: Settings,
-        changed: Callable[[], None],
+        changed: Callable[[bool], None],
         owners: Callable[[], list[dict[str, Any]]],
     ) -> None:
         self._api, self._changed, self._owners = api, changed, owners
@@ -68,7 +69,7 @@ class Leader:
                 if state != told:
                     told = state
                     log.info("leadership", extra={"leading": state[0], "contact": state[1]})
-                    self._changed()
+                    self._changed(state[0])
                 # The holder renews three times within its duration; the others look often enough to take over in time.
                 await asyncio.sleep(self._duration / (4 if self.leading() else 8))
         finally:

@@ -78,6 +78,7 @@ class Loop:
         self._api = api
         self._wake, self._look = asyncio.Event(), asyncio.Event()
         self._relist_now = asyncio.Event()
+        self._leads = False  # by the leader's last word: `leading()` may lapse for a moment without one
         self._synced = False  # whether the snapshot is known to be whole, since we lead
         self._take(Territory(frozenset(settings.watch_namespaces)))
         self._cooling: dict[str, _Cooling] = {}
@@ -131,10 +132,11 @@ class Loop:
     def _acting(self) -> bool:
         return self.leader.leading() and self._synced
 
-    def _leadership_changed(self) -> None:
+    def _leadership_changed(self, leads: bool) -> None:
+        self._leads = leads
         if self.leader.contact_since is not None:
             self.snapshot.contact_since = self.leader.contact_since
-        if not self.leader.leading():
+        if not leads:
             self._synced = False
             for task in self._tasks.values():
                 task.cancel()
@@ -154,6 +156,8 @@ class Loop:
             self._beat = started = loop.time()
             timeout = self.settings.timings.relist_seconds
             if not self._acting():
+                if self._synced:  # a renewal is late, and nobody tells when it has come
+                    timeout = min(timeout, self.settings.timings.leader_lease_seconds / 4)
                 self._metrics.workqueue_depth.set(0)
                 continue
             cooling = {key: cooled.until for key, cooled in self._cooling.items() if cooled.until > started}
@@ -263,7 +267,7 @@ class Loop:
             self._relist_now.clear()
 
     async def _relist(self) -> None:
-        leading = self.leader.leading()
+        led = self._leads
         await self._find_owner()
         found = await survey(self._api, self._territory.own, self.settings.cluster_role)
         if found != self._territory:
@@ -272,7 +276,7 @@ class Loop:
         now, here = asyncio.get_running_loop().time(), self.snapshot
         self._cooling = {key: c for key, c in self._cooling.items() if now < c.until + FORGET_SECONDS}
         self._skipped = {u: v for u, v in self._skipped.items() if u in here.requests or u in here.adapters}
-        if leading and self.leader.leading() and not self._synced:
+        if led and self._leads and not self._synced:
             self._synced = True
             log.info("synced", extra={kind.value: len(here.table(kind)) for kind in Kind})
         self._wake.set()

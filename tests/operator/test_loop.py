@@ -90,3 +90,43 @@ async def test_while_there_is_work_what_only_tells_is_written_rarely() -> None:
             task.cancel()
     between = [later - earlier for earlier, later in itertools.pairwise(told)]
     assert min(between) > 0.9 * TELLING_SECONDS
+
+
+async def test_what_was_heard_while_a_renewal_was_late_is_done_once_it_has_come() -> None:
+    """A process that could not run for a moment renews its Lease, and nobody else has taken it: nobody tells that."""
+    ending = asyncio.Event()
+
+    async def write() -> None:
+        ending.set()
+        await asyncio.Event().wait()
+
+    loop = Loop(settings(timings={"leaderLeaseSeconds": 1}), MemoryApi(pause=write), Metrics())  # type: ignore[arg-type]
+    loop.leader._leads_until, loop._synced = 0.0, True
+    turns = asyncio.create_task(loop._turns())
+    try:
+        raw = request("x", "a", spec={"cancel": True})
+        loop.observe(kind_of(raw), {"object": raw})
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not loop._wake.is_set() and not loop._tasks, "it was heard, and we do not lead just now"
+        loop.leader._leads_until = math.inf
+        async with asyncio.timeout(10):
+            await ending.wait()
+    finally:
+        turns.cancel()
+        for task in loop._tasks.values():
+            task.cancel()
+
+
+async def test_a_relist_that_ends_while_a_renewal_is_late_counts() -> None:
+    """The next one comes in a minute, and nothing would be done until then."""
+    loop = Loop(settings(), MemoryApi(), Metrics())  # type: ignore[arg-type]
+    loop._leadership_changed(True)
+    loop.leader._leads_until = 0.0
+    await loop._relist()
+    assert not loop._acting()
+    loop.leader._leads_until = math.inf
+    assert loop._acting()
+    loop._leadership_changed(False)
+    await loop._relist()
+    assert not loop._acting(), "who does not lead acts on no list"
