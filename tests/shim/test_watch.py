@@ -69,7 +69,8 @@ def finish(stage: Stage, name: str) -> None:
 
 
 async def test_news_arrive_once_they_are_there(stage: Stage, informer: Informer) -> None:
-    uid = stage.request("r")["metadata"]["uid"]
+    raw = stage.request("r")
+    uid = raw["metadata"]["uid"]
     with informer.subscribe(uid) as early:
         await asyncio.wait_for(early.news(), WAIT_SECONDS)
         assert early.latest is not None and spec.ended(early.latest) is None
@@ -79,12 +80,27 @@ async def test_news_arrive_once_they_are_there(stage: Stage, informer: Informer)
             for subscription in (early, late):
                 await asyncio.wait_for(subscription.news(), WAIT_SECONDS)
                 assert subscription.latest is not None and spec.ended(subscription.latest) is not None
-    assert informer.over(uid) and informer.waiting == 0
+    assert informer.over(raw) and informer.waiting == 0
     with informer.subscribe(uid) as after:
         assert after.latest is None, "an ended request is not kept"
         stage.api("DELETE", stage.request_path("r"))
         await asyncio.wait_for(after.news(), WAIT_SECONDS)
         assert after.gone
+
+
+async def test_who_comes_after_an_object_was_deleted_need_not_wait(stage: Stage, informer: Informer) -> None:
+    """It was read, and went before anybody subscribed to it: nothing more is ever heard of it."""
+    raw, other = stage.request("r"), stage.request("s")
+    with informer.subscribe(raw["metadata"]["uid"]) as before, informer.subscribe(other["metadata"]["uid"]) as beside:
+        for subscription in (before, beside):
+            await asyncio.wait_for(subscription.news(), WAIT_SECONDS)
+        stage.api("DELETE", stage.request_path("r"))
+        await asyncio.wait_for(before.news(), WAIT_SECONDS)
+    with informer.subscribe(raw["metadata"]["uid"]) as late:
+        assert late.latest is None and informer.over(raw)
+        assert not informer.over(other)
+        younger = other["metadata"] | {"uid": "not-heard-of-yet", "resourceVersion": str(2**62)}
+        assert not informer.over({"metadata": younger})
 
 
 async def test_an_api_server_that_restarts(stage: Stage, control_plane: ControlPlane, informer: Informer) -> None:

@@ -261,7 +261,7 @@ class Door:
         if informer.waiting >= self.settings.limits.max_waiting:
             return raw
         with informer.subscribe(raw["metadata"]["uid"]) as subscription:
-            if not informer.over(raw["metadata"]["uid"]):
+            if not informer.over(raw):
                 await _wait(request, subscription, over, seconds)
         if subscription.latest is not None and over(subscription.latest) and not subscription.gone:
             # What waits is told little of an adapter; an ended request is told whole.

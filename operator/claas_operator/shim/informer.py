@@ -79,6 +79,7 @@ class Informer:
         self._trim, self._keep, self._seen, self._lost = trim, keep, seen, lost
         self._entries: dict[str, _Entry] = {}
         self._subscriptions: defaultdict[str, set[Subscription]] = defaultdict(set)
+        self._version = 0  # up to which everything was heard
         self.synced = asyncio.Event()
         self.connected = False
         self.closed = False
@@ -100,10 +101,12 @@ class Informer:
             if not self._subscriptions[uid]:
                 del self._subscriptions[uid]
 
-    def over(self, uid: str) -> bool:
-        """Whether the object was seen in a state that is not kept: read it."""
-        entry = self._entries.get(uid)
-        return entry is not None and entry.kept is None
+    def over(self, raw: Object) -> bool:
+        """Whether an object, read as `raw` before, was seen in a state that is not kept, or go: read it."""
+        entry = self._entries.get(raw["metadata"]["uid"])
+        if entry is None:
+            return self._version >= int(raw["metadata"]["resourceVersion"])
+        return entry.kept is None
 
     @property
     def waiting(self) -> int:
@@ -146,7 +149,7 @@ class Informer:
             # A subscriber's object may be younger than the list; the watch tells of it then.
             if uid in known:
                 self._remove(uid)
-        self.connected = True
+        self.connected, self._version = True, int(version)
         self.synced.set()
         return version
 
@@ -162,6 +165,7 @@ class Informer:
                         self._remove(raw["metadata"]["uid"])
                     elif kind != "BOOKMARK":
                         self._put(raw)
+                    self._version = int(version)
             except FAILURES as error:
                 self._report(error)
                 await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)])

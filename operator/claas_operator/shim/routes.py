@@ -362,7 +362,7 @@ async def _states(tenant: Tenant, raw: Object) -> AsyncIterator[Object | None]:
     end = clock() + door.settings.max_wait_seconds  # whoever still wants to know asks again
     with door.requests.subscribe(uid) as subscription:
         crowded = door.requests.waiting > door.settings.limits.max_waiting
-        while clock() < end and not crowded and not door.requests.over(uid):
+        while clock() < end and not crowded and not door.requests.over(raw):
             try:
                 async with asyncio.timeout_at(min(end, clock() + PING_SECONDS)):
                     await subscription.news()
