@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from claas_worker.engine_adapters import ROW, Block, FlatState, adamw
-from claas_worker.engine_decoder import TAIL, WIDE_RANK, Decoder, Rows, Unsupported
+from claas_worker.engine_decoder import TAIL, WIDE_RANK, Decoder, Rows, Unsupported, check, few_of
 from claas_worker.job import place
 from claas_worker.sdpo import PLAIN_SCORE, LossBatch, Score, on_its_way
 
@@ -49,7 +49,8 @@ COMPILED_SOURCES = ("engine_decoder.py", "engine_adapters.py", "sdpo.py", "sdpo_
 SCORERS = 8  # kinds of options whose loss is compiled
 SPARE_BYTES = 3 << 30  # what a step takes beside its pass: a chunk's logits, gradients, cuBLAS
 SLACK = 1.15  # of activations, over what is counted
-PROOF_TOLERANCE = 0.1  # of hidden states against the model's own, relative to their norm, in bf16; 1e-4 in fp32
+PROOF_TOLERANCE = 0.1  # of hidden states against the model's own, relative to their norm, in bf16
+EXACT_PROOF_TOLERANCE = 1e-4  # the same in fp32
 PROOF_TOKENS = 24
 
 
@@ -228,6 +229,7 @@ class Engine:
 
     def __init__(self, model: Any, *, captures: bool | None = None, compile_cache: Path | None = None) -> None:
         self.lock = threading.RLock()
+        prove_a_layer(model)
         self._decoder = Decoder(model)
         self.places = self._decoder.places
         self._device = self._decoder.embedding.device
@@ -459,9 +461,37 @@ class Engine:
         self._wanted = queue.SimpleQueue()  # nothing is compiled before there is work
         reference = expected.last_hidden_state.float()
         error = float(torch.linalg.vector_norm(states - reference) / torch.linalg.vector_norm(reference))
-        tolerance = PROOF_TOLERANCE if embedding.dtype == torch.bfloat16 else 1e-4
+        tolerance = PROOF_TOLERANCE if embedding.dtype == torch.bfloat16 else EXACT_PROOF_TOLERANCE
         if not error <= tolerance:
             raise Unsupported(f"its hidden states differ from what is written out here by {error:.2g}")
+
+
+def prove_a_layer(model: Any) -> None:
+    """Compares the first layer and the final norm with the model's own, in fp32, at the first and the last positions.
+
+    Raises:
+        Unsupported: they differ, or the model is built in another way.
+    """
+    check(model)
+    few, length = few_of(model, PROOF_TOKENS), PROOF_TOKENS
+    tokens = few.embed_tokens.weight.shape[0]
+    ids = torch.randint(0, tokens, (2, length), generator=torch.Generator().manual_seed(0))
+    places = [0, max(0, getattr(model.config, "max_position_embeddings", 0) - length)]
+    positions = torch.arange(length) + torch.tensor(places)[:, None]
+    try:
+        with torch.no_grad():
+            expected = few(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.flatten(0, 1)
+            decoder = Decoder(few)
+            none = Slots(decoder, 1, 1)
+            cos, sin = (
+                torch.cat(one) for one in zip(*(decoder.angles(1, length, first) for first in places), strict=True)
+            )
+            states = decoder.forward(ids, (cos, sin), none.a, none.b, Rows(), None)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise Unsupported(f"its layers do not compute as what is written out here: {error}") from error
+    distance = float(torch.linalg.vector_norm(states - expected) / torch.linalg.vector_norm(expected))
+    if not distance <= EXACT_PROOF_TOLERANCE:
+        raise Unsupported(f"a layer's hidden states differ from what is written out here by {distance:.2g}")
 
 
 class CompileCache:

@@ -16,12 +16,15 @@ What is unusual:
   time: PEFT's arithmetic.
 - Between the products lie a few functions of rows (`Rows`), which are compiled on a GPU and are plain torch elsewhere.
 - Whether this is the model's arithmetic is not trusted but tried (`engine.py`): structure is read off the modules, and
-  what comes out is compared with the model's own forward pass before anything is trained on it.
+  what comes out is compared with the model's own forward pass before anything is trained on it: of one layer in fp32,
+  because bf16's rounding hides a small difference, and of the whole.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -154,9 +157,9 @@ class Decoder:
     """
 
     def __init__(self, model: Any) -> None:
-        base, config = model.base_model, model.config
+        check(model)
+        base = model.base_model
         self.places: dict[str, Place] = {}
-        self._check(model, base, config)
         self.embedding: Tensor = base.embed_tokens.weight
         own = self.embedding.dtype
         self.lora_dtype = own if self.embedding.is_cuda else torch.promote_types(own, torch.float32)
@@ -182,28 +185,6 @@ class Decoder:
             for whole, (inputs, ends) in zip(self._whole, self.shapes, strict=True)
         ]
         self.layers = [self._stacked(layer, index, names) for index, layer in enumerate(base.layers)]
-
-    def _check(self, model: Any, base: Any, config: Any) -> None:
-        layers = getattr(base, "layers", None)
-        parts = ("embed_tokens", "norm", "rotary_emb")
-        if not layers or not all(hasattr(base, part) for part in parts):
-            raise Unsupported(f"{type(model).__name__} has no embed_tokens, layers, norm and rotary_emb")
-        rope = getattr(base.rotary_emb, "rope_type", "")
-        if rope not in FIXED_ROPES:
-            raise Unsupported(f"its rotary embedding is {rope or 'of a kind of its own'}")
-        if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-            raise Unsupported("not all of its layers attend to everything before")
-        if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
-            raise Unsupported("it attends within a window")
-        expected = {name for group in GROUPS for name in group}
-        for layer in layers:
-            linears = {
-                name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, nn.Linear)
-            }
-            if linears != expected or not all(hasattr(layer, part) for part in ("self_attn", "mlp")):
-                raise Unsupported(f"its layers hold {', '.join(sorted(linears)) or 'no linear layers'}")
-            if type(getattr(layer.mlp, "act_fn", None)).__name__ not in ACTIVATIONS:
-                raise Unsupported(f"its activation is {type(getattr(layer.mlp, 'act_fn', None)).__name__}")
 
     def _stacked(self, layer: Any, index: int, names: dict[int, str]) -> Layer:
         stacks = []
@@ -238,9 +219,9 @@ class Decoder:
         )
         return len(self.layers) * int(width) * int(self.embedding.element_size())
 
-    def angles(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (rows * length, head_dim) of the positions of `rows` sequences."""
-        positions = torch.arange(length, device=self.embedding.device)[None]
+    def angles(self, rows: int, length: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """cos and sin (rows * length, head_dim) of the positions of `rows` sequences, from `first` on."""
+        positions = torch.arange(first, first + length, device=self.embedding.device)[None]
         cos, sin = self._rotary(self.embedding[:1, None], positions)  # (1, T, head_dim)
         return cos[0].repeat(rows, 1), sin[0].repeat(rows, 1)
 
@@ -419,6 +400,68 @@ class Decoder:
             scale=self.scaling,
             enable_gqa=self.kv_heads != self.heads,
         )
+
+
+def check(model: Any) -> None:
+    """Reads off its modules whether a model is built as those that are written out here.
+
+    Raises:
+        Unsupported: it is not; the message says how.
+    """
+    base, config = model.base_model, model.config
+    layers = getattr(base, "layers", None)
+    parts = ("embed_tokens", "norm", "rotary_emb")
+    if not layers or not all(hasattr(base, part) for part in parts):
+        raise Unsupported(f"{type(model).__name__} has no embed_tokens, layers, norm and rotary_emb")
+    rope = getattr(base.rotary_emb, "rope_type", "")
+    if rope not in FIXED_ROPES:
+        raise Unsupported(f"its rotary embedding is {rope or 'of a kind of its own'}")
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        raise Unsupported("not all of its layers attend to everything before")
+    if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
+        raise Unsupported("it attends within a window")
+    expected = {name for group in GROUPS for name in group}
+    norms = [("norm", base.norm)]
+    for layer in layers:
+        linears = {name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        if linears != expected or not all(hasattr(layer, part) for part in ("self_attn", "mlp")):
+            raise Unsupported(f"its layers hold {', '.join(sorted(linears)) or 'no linear layers'}")
+        if type(getattr(layer.mlp, "act_fn", None)).__name__ not in ACTIVATIONS:
+            raise Unsupported(f"its activation is {type(getattr(layer.mlp, 'act_fn', None)).__name__}")
+        if differing := _settings(layer) ^ _settings(layers[0]):
+            raise Unsupported(f"its layers differ in {', '.join(sorted({name for _, name, _ in differing}))}")
+        norms += [(name, getattr(layer, name, None)) for name in ("input_layernorm", "post_attention_layernorm")]
+    for name, norm in norms:
+        if not hasattr(norm, "variance_epsilon") or getattr(norm, "weight", None) is None:
+            raise Unsupported(f"its {name} is {'missing' if norm is None else type(norm).__name__}")
+
+
+def _settings(layer: Any) -> set[tuple[str, str, object]]:
+    """What a layer's modules are set to, besides their weights: of each its name, a field and the value."""
+    return {
+        (name, field, value)
+        for name, module in layer.named_modules()
+        for field, value in {**vars(module), "type": type(module).__name__}.items()
+        if isinstance(value, bool | int | float | str) and field != "layer_idx"
+    }
+
+
+def few_of(model: Any, tokens: int) -> Any:
+    """A copy of a model's decoder with its first layer alone and its first tokens, in fp32 on the CPU.
+
+    For a model that has passed `check`. Hooks stay behind.
+    """
+    base = model.base_model
+    memo: dict[int, Any] = {id(module._forward_hooks): OrderedDict() for module in base.modules()}
+    layer, embedding = base.layers[0], base.embed_tokens.weight
+    for parameter in (*layer.parameters(), *base.norm.parameters()):
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("cpu", torch.float32), requires_grad=False)
+    memo[id(embedding)] = nn.Parameter(embedding[:tokens].detach().to("cpu", torch.float32), requires_grad=False)
+    memo |= {id(buffer): buffer.to("cpu") for buffer in base.buffers()}
+    memo[id(base.layers)] = nn.ModuleList([copy.deepcopy(layer, memo)])
+    few = copy.deepcopy(base, memo)
+    few.config._attn_implementation = "sdpa"  # others may not run here
+    return few
 
 
 def _linears(layer: Any) -> list[list[Any]]:
