@@ -254,13 +254,9 @@ class Apply:
                 self._snapshot.put(Kind.JOB, found, self._clock())
                 return
             stem, _, counter = action.name.rpartition("-")
-            self._took(action.namespace, stem, int(counter))
+            self._snapshot.taken_counters[action.namespace, stem] = int(counter)
             raise Lost("the Job's name is taken") from error
         self._snapshot.put(Kind.JOB, answer, self._clock())
-
-    def _took(self, namespace: str, stem: str, counter: int) -> None:
-        taken = self._snapshot.taken_counters
-        taken[namespace, stem] = max(counter, taken.get((namespace, stem), 0))
 
     async def _delete_versions(self, action: StartDeletion) -> None:
         """Who needs which version is read live, whole: what was tombstoned before is safe from whoever comes after.
@@ -324,9 +320,6 @@ class Apply:
             if isinstance(lease, Lease) and lease.holder == pod.uid and lease.state != names.STATE_STARTING:
                 raise Lost("the worker is Ready by now")
         await self._delete(Kind.JOB, action.job)
-        # Not the name again: its Pod may still be there.
-        stem, _, _ = action.job.name.rpartition("-")
-        self._took(action.job.namespace, stem, action.job.counter)
 
     async def _tell(self, action: Tell) -> None:
         """With the resourceVersion: the worker's next write, which carries an older one, fails, and it reads."""

@@ -240,8 +240,7 @@ class Job(Entry):
     @property
     def counter(self) -> int:
         """The number that its name ends in."""
-        tail = self.name.rpartition("-")[2]
-        return int(tail) if tail.isdigit() else 0
+        return counter_of(self.name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -461,6 +460,12 @@ class Snapshot:
                     del self.at_work[line]
         elif entry.expires_at is not None:
             del self.expiring[bisect.bisect_left(self.expiring, (entry.expires_at, entry.uid))]
+
+
+def counter_of(job_name: str) -> int:
+    """The number that the name of one of our Jobs ends in."""
+    tail = job_name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else 0
 
 
 def queue_of(request: Request) -> Line:

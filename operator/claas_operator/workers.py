@@ -16,7 +16,7 @@ from claas_crds import names
 from claas_operator.actions import Bind, Fault, Fence, Lock, Note, StartJob, StopJob, Tell
 from claas_operator.jobs import build_worker_job, worker_stem
 from claas_operator.settings import Pool, Settings
-from claas_operator.snapshot import Job, Kind, Lease, Pod, Request, Snapshot
+from claas_operator.snapshot import Job, Kind, Lease, Pod, Request, Snapshot, counter_of
 
 # Of a Pod whose pool is no longer configured.
 DEFAULT_START_LIMIT: Final = timedelta(seconds=900)
@@ -275,6 +275,9 @@ def start_workers(
                     continue
             stem = worker_stem(settings, pool)
             highest = max([snapshot.taken_counters.get((scope[1], stem), 0), *(job.counter for job in jobs)])
+            # Nor a name of which a Pod is left: it would be taken for the new Job's.
+            left = (pod.job for pod in snapshot.pods.values() if (pod.pool, pod.namespace) == scope)
+            highest = max([highest, *map(counter_of, left)])
             for i in range(count):
                 stays = staying + i < pool.min_workers
                 manifest = build_worker_job(settings, pool, scope[1], highest + 1 + i, snapshot.owner_uid, stays=stays)

@@ -4,7 +4,7 @@ Hypothesis plays users (who also roll back, delete an adapter with its versions 
 by their uris, and clear a lock by hand), the store, two leaders (either may be stale, or die between any two calls;
 events come late, twice and in any order, one watch may hang while the others go on, and one call may take long), the
 kubelet, and workers that die, wedge, drain, claim what they heard of long ago, report late or twice, or go on after
-their Pod was taken away.
+their Pod was taken away; and the pool may be changed or lowered, which one of the leaders does not know yet.
 After each step the invariants of the architecture hold; and from wherever it got, a calm world ends every request.
 
 `model_mutations.py` takes each precondition of the protocol away, in turn, and sees this model find it.
@@ -34,6 +34,7 @@ from claas_operator.actions import Action, Bind
 from claas_operator.apply import Apply, Lost
 from claas_operator.plan import plan
 from claas_operator.references import beside
+from claas_operator.settings import Settings
 from claas_operator.snapshot import Kind, Lease, Snapshot
 from claas_store.uris import next_version_uri
 from operatorkit import (
@@ -75,6 +76,7 @@ class Leader:
     """A leader's process: its snapshot, how far its watches are, and what it is just doing."""
 
     snapshot: Snapshot
+    settings: Settings
     apply: Apply
     heard: int
     hangs: Kind | None = None  # the watch (each kind has its own) whose events are late
@@ -89,6 +91,7 @@ class WorkerProcess:
 
     name: str
     job: str
+    job_uid: str
     alive: bool = True
     beating: bool = True
     state: str = "Starting"
@@ -110,13 +113,11 @@ class ControlPlaneModel(RuleBasedStateMachine):
         super().__init__()
         self.now = NOW
         self.api = MemoryApi(clock=lambda: self.now, pause=pause)
-        self.settings = settings(
-            pool={"batch": 2, "maxWorkers": 2}, operations={"template": OPERATION}, timings=NOW_OR_NEVER
-        )
+        self.settings = self.values({"batch": 2, "maxWorkers": 2})
         self.workers: dict[str, WorkerProcess] = {}
         self.made = 0  # requests: the first so many of NAMES
         # Else nothing is left to go wrong.
-        self.harm = {"cancel": 2, "delete": 1, "recreate": 1, "break": 4, "rollback": 2, "free": 1}
+        self.harm = {"cancel": 2, "delete": 1, "recreate": 1, "break": 4, "rollback": 2, "free": 1, "values": 2}
         self.there = {f"{PREFIX}{name}/" for name in (*ADAPTERS, "bare")}  # versions in the store
         self.dead: dict[str, int] = {}  # those with a tombstone, and how many requests there had been by then
         self.checked = 0
@@ -133,6 +134,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
 
     # What happens
 
+    def values(self, pool: Raw) -> Settings:
+        return settings(pool=pool, operations={"template": OPERATION}, timings=NOW_OR_NEVER)
+
     def leader(self) -> Leader:
         """A fresh process: everything listed, nothing remembered."""
         snapshot = Snapshot()
@@ -140,7 +144,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
             snapshot.put(kind_of(raw), raw, self.now)
         snapshot.contact_since = self.now
         apply = Apply(self.api, snapshot, self.settings, lambda: True, lambda: self.now)  # type: ignore[arg-type]
-        return Leader(snapshot, apply, len(self.api.log))
+        return Leader(snapshot, self.settings, apply, len(self.api.log))
 
     @initialize(
         begun=st.booleans(),
@@ -257,6 +261,13 @@ class ControlPlaneModel(RuleBasedStateMachine):
         generation = raw["metadata"]["generation"] + 1
         self.api.change(Kind.ADAPTER, TEAM, name, {"spec": patch, "metadata": {"generation": generation}})
 
+    @rule(who=st.integers(0, 1), batch=st.integers(1, 2), most=st.integers(1, 2))
+    def values_change(self, who: int, batch: int, most: int) -> None:
+        """One leader is replaced by one that knows; the other goes on as before, for as long as it lives."""
+        if self.may("values"):
+            self.settings = self.values({"batch": batch, "maxWorkers": most})
+            self.leader_dies(who)
+
     @rule(seconds=st.sampled_from([0.5, 5, 20, 40]))
     def time_passes(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
@@ -312,7 +323,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
     def plans(self, who: int, first: int) -> None:
         """Decides, and begins to act: on everything, or on some of it."""
         leader = self.leaders[who]
-        for action in plan(leader.snapshot, self.settings, self.now).actions[first if first < 3 else 0 :]:
+        for action in plan(leader.snapshot, leader.settings, self.now).actions[first if first < 3 else 0 :]:
             if isinstance(action, Bind):
                 self.takes_requests(leader, action.worker)
             if action.key not in leader.doing:
@@ -388,10 +399,12 @@ class ControlPlaneModel(RuleBasedStateMachine):
             if labels[names.COMPONENT_LABEL] == names.COMPONENT_OPERATION:
                 self.run_operation(namespace, name, raw)
             else:
-                self.run_worker(namespace, name)
+                self.run_worker(namespace, name, raw)
         for worker in self.workers.values():
             found = self.api.objects.get((Kind.POD, HOME, worker.name))
-            if found is not None and "deletionTimestamp" in found["metadata"]:
+            owner = self.api.objects.get((Kind.JOB, HOME, worker.job))
+            stopped = owner is None or owner["metadata"]["uid"] != worker.job_uid
+            if found is not None and (stopped or "deletionTimestamp" in found["metadata"]):
                 worker.alive = False
                 self.take_pod(worker)
 
@@ -453,11 +466,15 @@ class ControlPlaneModel(RuleBasedStateMachine):
             late = NAMES.index(raw["metadata"]["name"]) >= self.dead.get(asked, 0)
             assert ended(raw) or late or asked not in versions, "what a bare request asks for is deleted"
 
-    def run_worker(self, namespace: str, name: str) -> None:
-        worker = f"{name}-p"
-        if worker not in self.workers:
-            self.workers[worker] = WorkerProcess(worker, name)
-            self.api.add(pod(worker, job=name, uid=f"uid-{worker}"))
+    def run_worker(self, namespace: str, name: str, raw: Raw) -> None:
+        uid = raw["metadata"]["uid"]
+        worker = next((w.name for w in self.workers.values() if w.job_uid == uid), "")
+        if not worker:
+            worker = f"{name}-p{len(self.workers)}"
+            self.workers[worker] = WorkerProcess(worker, name, uid)
+            on_pod = pod(worker, job=name, uid=f"uid-{worker}")
+            on_pod["metadata"]["annotations"] = raw["spec"]["template"]["metadata"]["annotations"]
+            self.api.add(on_pod)
             self.show(self.workers[worker])
         elif (Kind.POD, HOME, worker) not in self.api.objects:
             self.end_job(namespace, name, "Failed")
@@ -605,6 +622,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, 5))
     def worker_drains(self, i: int) -> None:
+        """It was idle for long, or told to leave."""
         if (worker := self.pick(i)) and not worker.training:
             worker.state = "Draining"
             self.show(worker)
@@ -626,6 +644,10 @@ class ControlPlaneModel(RuleBasedStateMachine):
             else:
                 self.api.change(Kind.POD, HOME, worker.name, {"status": {"phase": how}})
                 self.end_job(HOME, worker.job, "Complete" if how == "Succeeded" else "Failed")
+
+    def told_to_leave(self, worker: WorkerProcess) -> bool:
+        said = self.api.objects.get((Kind.LEASE, HOME, worker.name), {}).get("metadata", {}).get("annotations", {})
+        return said.get(names.LINGER_SECONDS) == "0"
 
     def pick(self, i: int) -> WorkerProcess | None:
         alive = [worker for worker in self.workers.values() if worker.alive]
@@ -789,6 +811,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
                 if status.get("worker") == worker.name and not ended(raw) and not done:
                     self.begin(worker, raw)
                     self.heads_move_once_and_in_a_line()
+            if self.told_to_leave(worker) and not worker.training:
+                worker.state = "Draining"
+                self.show(worker)
             if worker.state == "Draining" and not worker.training:
                 worker.alive = False
                 self.api.change(Kind.POD, HOME, worker.name, {"status": {"phase": "Succeeded"}})
@@ -839,6 +864,7 @@ WEIGHTS: dict[str, float] = {
     "workers_succeed": 3,
     "worker_drains": 1,
     "worker_breaks": 3,
+    "values_change": 1,
     "time_passes": 6,
     "user_creates": 4,
     "user_cancels": 2,
@@ -899,6 +925,11 @@ def walk(seed: int) -> list[str]:
         },
         "worker_drains": lambda: {"i": dice.randrange(6)},
         "worker_breaks": lambda: {"i": dice.randrange(6), "how": dice.choice(BREAKS)},
+        "values_change": lambda: {
+            "who": dice.randrange(2),
+            "batch": dice.randint(1, 2),
+            "most": dice.randint(1, 2),
+        },
         "time_passes": lambda: {"seconds": dice.choice([0.5, 0.5, 5, 20, 40])},
         "user_creates": lambda: {
             "on": dice.choice(targets),
