@@ -145,6 +145,9 @@ class LoraAdapterStatus(StatusModel):
     collecting: list[Name] = Field(
         default_factory=list, max_length=1100, description="Versions being collected: no longer valid targets."
     )
+    collection: int = Field(
+        0, description="Number of the latest collection, which no other has: what was decided in it ends with it."
+    )
     rolled_back_generation: int = Field(0, description="metadata.generation of the last rollback that was done.")
     rollback_answered: str = Field(
         "", max_length=253, description="spec.rollbackTo that was answered last: done or refused, see RolledBack."

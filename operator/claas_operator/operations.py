@@ -6,7 +6,7 @@ was answered once stays true. So the Jobs that are there are the only memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -29,6 +29,10 @@ class Answer(BaseModel):
     version: str = ""
     done: list[str] = Field(default_factory=list)  # names of versions that are as asked for
     dead: list[str] = Field(default_factory=list)  # names of versions whose deletion had begun: none comes back
+    restored: list[str] = Field(
+        default_factory=list
+    )  # names of versions that were restored in that collection: they stay
+    collection: int = 0  # in which it was done
     interrupted: int = 0  # what a sweep has found and deleted: folders without a manifest,
     orphans: int = 0  # versions that nobody names,
     uploads: int = 0  # and unfinished uploads
@@ -73,20 +77,22 @@ class Desk:
         return self.pods.get(job.name, [])
 
     def done(self, operation: str) -> set[str]:
-        """Names of the versions that an operation was done to."""
-        return {name for answer in self.answers(operation).values() if answer.ok for name in answer.done}
+        """Names of the versions that an operation was done to, in the adapter's latest collection."""
+        return {name for answer in self._in_collection(operation) for name in answer.done}
 
     def dead(self, operation: str) -> set[str]:
-        """Names of the versions that an operation found dead for good."""
-        return {name for answer in self.answers(operation).values() if answer.ok for name in answer.dead}
+        """Names of the versions that an operation found dead for good, in the adapter's latest collection."""
+        return {name for answer in self._in_collection(operation) for name in answer.dead}
 
-    def done_at(self, operation: str) -> dict[str, datetime]:
-        """When the last Job was made that did an operation to a version, by the version's name."""
-        answers, done = self.answers(operation), dict[str, datetime]()
-        for job in sorted(self.of(operation), key=lambda job: job.created):
-            answer = answers.get(job.name)
-            done |= dict.fromkeys(answer.done, job.created) if answer and answer.ok else {}
-        return done
+    def restored(self) -> set[str]:
+        """Names of the versions for which the adapter's latest collection is over, because they were restored."""
+        refusals = self._in_collection("tombstone") + self._in_collection("delete")
+        return self.done("restore") | {name for answer in refusals for name in answer.restored}
+
+    def _in_collection(self, operation: str) -> list[Answer]:
+        """The good answers that were given in the adapter's latest collection. A Job's name may have been another's."""
+        number = self.adapter.status.collection
+        return [answer for answer in self.answers(operation).values() if answer.ok and answer.collection == number]
 
     def running(self, operation: str) -> Job | None:
         """The Job of an operation that has not ended yet."""
@@ -157,6 +163,11 @@ class Desk:
             template=pool.operation_template if pool else None,
         )
         return StartJob(manifest=manifest, pool="")
+
+    def collect(self, operation: str, root: str, versions: Sequence[str], patience: float) -> StartJob | None:
+        """The next Job of an operation in the adapter's latest collection, as `start`."""
+        number = ("--collection", str(self.adapter.status.collection))
+        return self.start(operation, [operation, "--root", root, *number, *each("--version", versions)], patience)
 
     def _next(self, operation: str) -> tuple[str, str]:
         """Namespace and name of the next Job of an operation."""

@@ -3,6 +3,11 @@
 Collection takes two Jobs. First the versions are listed in `status.collecting`, where no rollback takes them any more,
 and get a tombstone, which turns away whoever reads them from then on. Then everybody who needs a version is listed
 again, live, and what nobody needs is deleted. What somebody began to need in between gets its tombstone taken off.
+
+A leader may be slow: its Job to mark a version may be created long after another leader has given that version back.
+So a collection has a number, `status.collection`; a restoration ends it for a version, in the store; and what else a
+Job of that number was to do to that version is not done any more (`claas_store.tombstone`). A version is given back
+only when it was restored, and nothing but another collection, of another number, marks it again.
 """
 
 from __future__ import annotations
@@ -36,10 +41,12 @@ def plan_collection(desk: Desk, references: References) -> Iterator[Action]:
     adapter, collecting = desk.adapter, desk.adapter.status.collecting
     if adapter.spec is None:
         return
-    root, deleted = adapter.spec.storage.uri, desk.done("delete") | desk.dead("restore")
+    root, deleted, restored = adapter.spec.storage.uri, desk.done("delete") | desk.dead("restore"), desk.restored()
     if gone := [name for name in collecting if name in deleted]:
         message = f"deleted from the store: {', '.join(gone)}"
         yield Forget(adapter=adapter, versions=tuple(gone), status=status.forgotten(adapter, gone, message, desk.now))
+    elif back := [name for name in collecting if name in restored]:
+        yield Describe(adapter=adapter, status=status.given_back(adapter, back, desk.now))
     elif not collecting:
         yield from _begin(desk, references)
     else:
@@ -57,14 +64,14 @@ def _delete(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
     """A tombstone first, then the end; neither while something may still take tombstones off."""
     if desk.at_work("restore"):
         return
-    marked, restored = desk.done_at("tombstone"), desk.done_at("restore")
-    unmarked = [v for v in versions if v not in marked or (v in restored and restored[v] >= marked[v])]
+    marked = desk.done("tombstone")
+    unmarked = [name for name in versions if name not in marked]
     if unmarked:
-        if start := desk.start("tombstone", _arguments("tombstone", root, _batch(unmarked)), PATIENCE):
+        if start := desk.collect("tombstone", root, _batch(unmarked), PATIENCE):
             yield start
     elif versions:
         batch = _batch(versions)
-        if start := desk.start("delete", _arguments("delete", root, batch), PATIENCE):
+        if start := desk.collect("delete", root, batch, PATIENCE):
             yield StartDeletion(
                 manifest=start.manifest,
                 pool="",
@@ -76,15 +83,10 @@ def _delete(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
 
 
 def _give_back(desk: Desk, root: str, versions: Sequence[str]) -> Iterator[Action]:
-    """What somebody turned out to need loses its tombstone, and is collected no more."""
+    """What somebody turned out to need loses its tombstone; then it is collected no more."""
     if not versions or desk.at_work("tombstone") or desk.at_work("delete"):
         return
-    marked, restored = desk.done_at("tombstone"), desk.done_at("restore")
-    back = [v for v in versions if v in restored and (v not in marked or marked[v] <= restored[v])]
-    if back:
-        yield Describe(adapter=desk.adapter, status=status.given_back(desk.adapter, back, desk.now))
-        return
-    if start := desk.start("restore", _arguments("restore", root, _batch(versions)), PATIENCE):
+    if start := desk.collect("restore", root, _batch(versions), PATIENCE):
         yield start
 
 
@@ -155,10 +157,6 @@ def _batch(versions: Sequence[str]) -> list[str]:
             break
         taken.append(name)
     return taken
-
-
-def _arguments(command: str, root: str, versions: Sequence[str]) -> list[str]:
-    return [command, "--root", root, *each("--version", versions)]
 
 
 def _tell(desk: Desk) -> Iterator[Action]:

@@ -254,9 +254,10 @@ def rollback_forgotten(adapter: Adapter, now: datetime) -> Patch:
 
 
 def collecting(adapter: Adapter, versions: Sequence[str], now: datetime) -> Patch:
-    """Versions beyond retention begin to go."""
-    names = [*adapter.status.collecting, *versions]
-    return collection_waits(adapter, describe(Reason.COLLECTING), now) | {"collecting": names}
+    """Versions beyond retention begin to go. One write only can follow on a resourceVersion, so no two collections have
+    one number, also not of two adapters that had one place after each other."""
+    begun = {"collecting": [*versions], "collection": adapter.version}
+    return collection_waits(adapter, describe(Reason.COLLECTING), now) | begun
 
 
 def collection_waits(adapter: Adapter, message: str, now: datetime) -> Patch:

@@ -78,8 +78,8 @@ def without_rv(write: str, action: str, kind: str, often: str = "") -> Mutation:
     )
 
 
-PLAN, APPLY, WORKERS, ADAPTERS, RETENTION, STATUS = (
-    f"{name}.py" for name in ("plan", "apply", "workers", "adapters", "retention", "status")
+PLAN, APPLY, WORKERS, ADAPTERS, RETENTION, STATUS, OPERATIONS = (
+    f"{name}.py" for name in ("plan", "apply", "workers", "adapters", "retention", "status", "operations")
 )
 THE_MODEL = "test_model.py"
 # Where nobody takes locks away by hand, the head cannot move under one.
@@ -419,6 +419,29 @@ MUTATIONS = (
         '        if any(references.needed(beside(action.root, name), live) for name in action.versions):\n            raise Lost("somebody needs one of the versions")\n',
         "",
         often="user_creates",
+    ),
+    one(
+        "Restore",
+        "ends its collection: no tombstone or deletion of it comes into effect",
+        THE_MODEL,
+        "restored = {uri for uri in versions if (uri, number) in self.restored}",
+        "restored: set[str] = set()",
+        often="call_hangs user_creates",
+    ),
+    one(
+        "Restore",
+        "a version is given back only by one of this collection",
+        OPERATIONS,
+        "if answer.ok and answer.collection == number]",
+        "if answer.ok]",
+        often="call_hangs user_creates",
+    ),
+    one(
+        "Collect",
+        "under a number of its own",
+        STATUS,
+        '"collection": adapter.version}',
+        '"collection": 7}',
     ),
     one(
         "Fence",

@@ -123,7 +123,7 @@ class Shelf:
             assert command == "delete"
             assert uris <= self.dead, "deleted without a tombstone"
             self.there -= uris
-        return {"ok": True, "done": versions}
+        return {"ok": True, "done": versions, "collection": int(given["--collection"])}
 
 
 class World:

@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -119,7 +120,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
         # Else nothing is left to go wrong.
         self.harm = {"cancel": 2, "delete": 1, "recreate": 1, "break": 4, "rollback": 2, "free": 1, "values": 2}
         self.there = {f"{PREFIX}{name}/" for name in (*ADAPTERS, "bare")}  # versions in the store
-        self.dead: dict[str, int] = {}  # those with a tombstone, and how many requests there had been by then
+        # Those with a tombstone, in which collection they got it, and how many requests there had been by then.
+        self.dead: dict[str, tuple[int, int]] = {}
+        self.restored: set[tuple[str, int]] = set()  # versions, and the collections in which they were
         self.checked = 0
         self.heads: dict[str, tuple[int, str]] = {}  # adapter uid -> headSeq, uri
         self.moved_by: set[str] = set()
@@ -412,7 +415,9 @@ class ControlPlaneModel(RuleBasedStateMachine):
         arguments = raw["spec"]["template"]["spec"]["containers"][0]["args"]
         if (Kind.POD, namespace, f"{name}-x") not in self.api.objects:
             answer = self.store(arguments)
-            self.api.add(answer_pod(name, answer, "Succeeded" if answer["ok"] else "Failed"))
+            done = answer_pod(name, answer, "Succeeded" if answer["ok"] else "Failed")
+            done["metadata"]["uid"] += f"-{self.api.version}"
+            self.api.add(done)
             self.end_job(namespace, name, "Complete" if answer["ok"] else "Failed")
 
     def store(self, arguments: list[str]) -> Raw:
@@ -433,23 +438,44 @@ class ControlPlaneModel(RuleBasedStateMachine):
             own = {uri for uri in self.there if uri.startswith(root[:-1]) and uri.split("/")[-2] not in kept}
             self.nobody_needs(own)
             self.there -= own
-            self.dead = {uri: made for uri, made in self.dead.items() if not uri.startswith(root[:-1])}
+            self.dead = {uri: stone for uri, stone in self.dead.items() if not uri.startswith(root[:-1])}
+            self.restored = {(uri, number) for uri, number in self.restored if not uri.startswith(root[:-1])}
             return {"ok": True}
         versions = [
             value for option, value in zip(arguments[1::2], arguments[2::2], strict=True) if option == "--version"
         ]
-        uris = {beside(root, version) for version in versions}
+        return self.collect(
+            command, {beside(root, version): version for version in versions}, int(given["--collection"])
+        )
+
+    def collect(self, command: str, versions: dict[str, str], number: int) -> Raw:
+        """A restoration ends that collection of a version, and nothing else of it comes into effect any more."""
+        restored = {uri for uri in versions if (uri, number) in self.restored}
+        uris = versions.keys() - (restored if command != "restore" else set())
         if command == "delete":
             if not uris & self.there <= self.dead.keys():
                 return {"ok": False, "reason": "VersionConflict", "message": "not tombstoned", "retryable": False}
             self.nobody_needs(uris)
             self.there -= uris
+            self.restored = {one for one in self.restored if one[0] in self.there}
         elif command == "tombstone":
-            self.dead |= dict.fromkeys(uris & self.there, self.made)
+            self.dead |= dict.fromkeys(uris & self.there - self.dead.keys(), (number, self.made))
+            self.only_what_is_collected_is_marked()
         else:
             assert command == "restore"
-            self.dead = {uri: made for uri, made in self.dead.items() if uri not in uris}
-        return {"ok": True, "done": versions}
+            self.restored |= {(uri, number) for uri in uris & self.there}
+            self.dead = {uri: stone for uri, stone in self.dead.items() if uri not in uris or stone[0] > number}
+        done = [name for uri, name in versions.items() if uri in uris]
+        left = [name for uri, name in versions.items() if uri not in uris]
+        return {"ok": True, "done": done, "restored": left, "collection": number}
+
+    def only_what_is_collected_is_marked(self) -> None:
+        """Whatever else an adapter's history names, it may be rolled back to: nobody would take its tombstone off."""
+        for key, raw in self.api.objects.items():
+            if key[0] is Kind.ADAPTER and "deletionTimestamp" not in raw["metadata"]:
+                collecting = raw["status"].get("collecting") or []
+                kept = {e["uri"] for e in raw["status"].get("history") or [] if e["version"] not in collecting}
+                assert not kept & self.dead.keys() & self.there, "a version is marked that nobody collects"
 
     def nobody_needs(self, versions: set[str]) -> None:
         """Of what is being deleted: no head, nothing that a request which has not ended was bound to, and nothing that
@@ -463,7 +489,7 @@ class ControlPlaneModel(RuleBasedStateMachine):
             stays = on is not None and "deletionTimestamp" not in on["metadata"]
             assert ended(raw) or not stays or parent not in versions, "what a request is bound to is deleted"
             asked = raw["spec"].get("loraUri", "")
-            late = NAMES.index(raw["metadata"]["name"]) >= self.dead.get(asked, 0)
+            late = NAMES.index(raw["metadata"]["name"]) >= self.dead.get(asked, (0, 0))[1]
             assert ended(raw) or late or asked not in versions, "what a bare request asks for is deleted"
 
     def run_worker(self, namespace: str, name: str, raw: Raw) -> None:
@@ -487,6 +513,16 @@ class ControlPlaneModel(RuleBasedStateMachine):
     def take_pod(self, worker: WorkerProcess) -> None:
         """The Pod object goes, and with it, later, its Lease (the garbage collector is in no hurry)."""
         self.api.drop(Kind.POD, HOME, worker.name)
+
+    @rule()
+    def jobs_expire(self) -> None:
+        """The time to live of operations that have ended is over: their names are free, and their answers are gone."""
+        for (kind, namespace, name), raw in list(self.api.objects.items()):
+            over = kind is Kind.JOB and (raw.get("status") or {}).get("conditions")
+            if over and raw["metadata"]["labels"][names.COMPONENT_LABEL] == names.COMPONENT_OPERATION:
+                self.api.drop(kind, namespace, name)
+                if (Kind.POD, namespace, f"{name}-x") in self.api.objects:
+                    self.api.drop(Kind.POD, namespace, f"{name}-x")
 
     @rule()
     def garbage_collector(self) -> None:
@@ -855,6 +891,7 @@ WEIGHTS: dict[str, float] = {
     "kubelet": 4,
     "pods_start": 4,
     "garbage_collector": 2,
+    "jobs_expire": 0.5,
     "worker_is_ready": 2,
     "worker_hears": 3,
     "worker_claims": 6,
@@ -963,6 +1000,44 @@ def walk(seed: int) -> list[str]:
 def test_long_random_histories_keep_the_invariants_and_let_every_request_end() -> None:
     moves = [len(walk(seed)) for seed in range(WALKS)]
     assert sum(moves) > WALKS, "the walks must get somewhere, or they prove nothing"
+
+
+@pytest.mark.parametrize("expired", [False, True], ids=["", "the-jobs-have-expired"])
+def test_a_tombstone_that_a_slow_leader_starts_after_its_version_was_given_back_marks_nothing(expired: bool) -> None:
+    model = ControlPlaneModel()
+    raw = adapter("coder", spec=SPECS["coder"])
+    (first,) = raw["status"]["history"]
+    later = first | {"seq": 2, "version": "coder-v2", "uri": f"{PREFIX}coder-v2/", "requestUid": "uid-gone"}
+    raw["status"] |= {"headSeq": 2, "uri": later["uri"], "version": later["version"], "history": [first, later]}
+    model.api.add(raw)
+    model.there |= {first["uri"], later["uri"]}
+    model.leader_turns(0)
+    status = model.api.objects[Kind.ADAPTER, TEAM, "coder"]["status"]
+    assert (status["collecting"], status["version"]) == (["coder"], "coder-v2")
+    model.leader_dies(1)
+    (mark,) = [name for kind, _, name in model.api.objects if kind is Kind.JOB]
+    model.api.drop(Kind.JOB, HOME, mark)  # as if its creation were still on its way
+    model.hears(0, len(model.api.log), again=False)
+    model.hears(1, len(model.api.log), again=False)
+    model.plans(0, 3)
+
+    model.user_creates("", 10, of=1 + sorted(model.there).index(first["uri"]))
+    for _ in range(4):
+        model.leader_turns(1)
+        model.kubelet()
+    status = model.api.objects[Kind.ADAPTER, TEAM, "coder"]["status"]
+    assert not status["collecting"], "given back"
+    if expired:
+        model.jobs_expire()
+    model.acts_on_all(0)
+    assert (Kind.JOB, HOME, mark) in model.api.objects, "the slow leader's call has come"
+    model.kubelet()
+    model.user_rolls_back("coder", 0)
+    model.leader_turns(1)
+    model.heads_move_once_and_in_a_line()
+    assert model.api.objects[Kind.ADAPTER, TEAM, "coder"]["status"]["version"] == "coder"
+    assert first["uri"] not in model.dead, "readers take it"
+    model.teardown()
 
 
 def test_every_mutation_still_has_its_place() -> None:

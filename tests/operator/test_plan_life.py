@@ -679,7 +679,7 @@ def test_a_collection_marks_then_looks_again_then_deletes_then_forgets() -> None
     assert isinstance(mark, StartJob)
     assert not isinstance(mark, StartDeletion)
     arguments = mark.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments == ["tombstone", "--root", uri("coder"), "--version", "v0", "--version", "v1"]
+    assert arguments == ["tombstone", "--root", uri("coder"), "--collection", "0", "--version", "v0", "--version", "v1"]
     marked = answered("tombstone", {"ok": True, "done": ["v0", "v1"]})
     (delete,) = about(decide(going, *marked), StartJob)
     assert isinstance(delete, StartDeletion), "after a live look at who needs what"
@@ -704,7 +704,7 @@ def test_what_was_needed_at_the_last_look_is_given_back_and_the_rest_goes() -> N
     assert delete.versions == {"v1"}
     assert isinstance(restore, StartJob)
     arguments = restore.manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments == ["restore", "--root", uri("coder"), "--version", "v0"]
+    assert arguments == ["restore", "--root", uri("coder"), "--collection", "0", "--version", "v0"]
     deleted, restored = (answered(what, {"ok": True, "done": [v]}) for what, v in (("delete", "v1"), ("restore", "v0")))
     left = after(going, about(decide(going, *others, *deleted, *restored), Forget)[0])
     back = only(decide(left, *others, *deleted, *restored), Describe)

@@ -29,6 +29,7 @@ from claas_store.errors import (
     VersionInvalid,
 )
 from claas_store.family import Family, Member
+from claas_store.fsck import fsck
 from claas_store.stores import Store, open_store
 from claas_store.tombstone import MANIFEST, TOMBSTONE, VERDICT, read_tombstone
 from claas_store.version import ADAPTER, CONFIG, Manifest, ParentVersion, Version, find_manifest, read_version
@@ -60,12 +61,12 @@ def chain(home: str, length: int = 3) -> list[Version]:
 def test_a_collected_version_is_refused_by_name_and_the_rest_can_be_read(home: str) -> None:
     versions = chain(home)
     old = [name(version) for version in versions[:2]]
-    assert collect.tombstone(f"{home}coder", old, "retention") == old
+    assert collect.tombstone(f"{home}coder", old, "retention").done == old
     for version in versions[:2]:
         with pytest.raises(VersionCollected, match=r"is collected \(since \d{4}-.*: retention\)") as caught:
             read_version(version.uri)
         assert not caught.value.retryable
-    assert delete(f"{home}coder", old) == old
+    assert delete(f"{home}coder", old).done == old
     for version in versions[:2]:
         assert files_of(version.uri) == [TOMBSTONE]
         assert find_manifest(version.uri) is None
@@ -90,11 +91,11 @@ def test_collecting_twice_changes_nothing(home: str) -> None:
     (version, *_) = chain(home)
     collect.tombstone(f"{home}coder", ["coder"], "retention")
     stone = open_store(home).get(f"{version.uri}{TOMBSTONE}")
-    assert collect.tombstone(f"{home}coder", ["coder"], "another time") == ["coder"]
+    assert collect.tombstone(f"{home}coder", ["coder"], "another time").done == ["coder"]
     assert open_store(home).get(f"{version.uri}{TOMBSTONE}") == stone
     for _ in range(2):
-        assert delete(f"{home}coder", ["coder"]) == ["coder"]
-        assert collect.tombstone(f"{home}coder", ["coder"], "retention") == ["coder"]
+        assert delete(f"{home}coder", ["coder"]).done == ["coder"]
+        assert collect.tombstone(f"{home}coder", ["coder"], "retention").done == ["coder"]
     assert files_of(version.uri) == [TOMBSTONE]
 
 
@@ -110,8 +111,8 @@ def test_what_bears_no_tombstone_is_not_deleted_nor_anything_with_it(home: str) 
 def test_what_is_wholly_gone_needs_no_tombstone(home: str) -> None:
     (root, *_) = chain(home)
     gone = name(step_uri(root.uri, 77))
-    assert collect.tombstone(f"{home}coder", [gone], "retention") == [gone]
-    assert delete(f"{home}coder", [gone]) == [gone]
+    assert collect.tombstone(f"{home}coder", [gone], "retention").done == [gone]
+    assert delete(f"{home}coder", [gone]).done == [gone]
     assert gone not in names_in(home)
 
 
@@ -143,11 +144,11 @@ def test_a_damaged_version_does_not_hold_up_the_others(home: str) -> None:
     store, names = open_store(home), [name(version) for version in versions[:3]]
     store.delete(f"{versions[1].uri}{MANIFEST}")
     store.put(f"{versions[2].uri}{MANIFEST}", b"x" * (2**20 + 1), if_absent=False)
-    assert collect.tombstone(f"{home}coder", names, "retention") == names
+    assert collect.tombstone(f"{home}coder", names, "retention").done == names
     assert restore(f"{home}coder", [names[1]]) == ([names[1]], [])
     assert TOMBSTONE not in files_of(versions[1].uri)
     collect.tombstone(f"{home}coder", names, "retention")
-    assert delete(f"{home}coder", names) == names
+    assert delete(f"{home}coder", names).done == names
     assert all(files_of(version.uri) == [TOMBSTONE] for version in versions[:3])
     assert restore(f"{home}coder", names) == ([], names)
     destroy(f"{home}coder", adapter_uid=examples.UID, grace_seconds=0)
@@ -212,7 +213,7 @@ def test_what_lies_deeper_than_a_version_is_nobody_elses_to_delete(home: str) ->
 
 def test_a_folder_with_nothing_but_deeper_ones_needs_no_tombstone(home: str) -> None:
     inner = first(f"{home}coder/v2", OTHER)
-    assert delete(f"{home}coder", ["coder"]) == ["coder"]
+    assert delete(f"{home}coder", ["coder"]).done == ["coder"]
     assert read_version(inner.uri).manifest == inner.manifest
 
 
@@ -284,8 +285,6 @@ def test_an_adapter_that_begins_at_anothers_version_takes_only_its_own(home: str
 
 
 def test_what_others_need_stays_and_its_parents_can_still_be_verified(home: str) -> None:
-    from claas_store.fsck import fsck
-
     versions = chain(home, 4)
     kept = versions[2]
     assert name(kept) not in destroy(f"{home}coder", [name(kept)]).deleted
@@ -314,8 +313,6 @@ def test_a_manifest_that_nobody_can_read_is_not_deleted(home: str) -> None:
 
 
 def test_what_was_not_made_for_the_adapter_stays_and_is_named(home: str) -> None:
-    from claas_store.fsck import fsck
-
     versions = chain(home, 3)
     bare = step(versions[2], 9, adapter_uid="")  # a request with a bare uri: its user's
     borrowed = step(versions[1], 11, adapter_uid=OTHER)  # an adapter that adopted versions[1] where it lies,
@@ -507,9 +504,10 @@ def end_of(act: Callable[[], object]) -> object:
 
 
 @pytest.mark.parametrize("begins", ["delete", "restore"])
-@pytest.mark.parametrize("calls", range(14))
+@pytest.mark.parametrize("collection", [0, 7], ids=["by hand", "collection"])
+@pytest.mark.parametrize("calls", range(18))
 def test_two_leaders_delete_and_restore_at_once_and_one_of_them_wins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: str, calls: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: str, calls: int, collection: int
 ) -> None:
     monkeypatch.setenv("CLAAS_FILE_ROOTS", str(tmp_path))
     acts = {"delete": delete, "restore": restore}
@@ -517,9 +515,9 @@ def test_two_leaders_delete_and_restore_at_once_and_one_of_them_wins(
     home = f"file://{tmp_path}/home/"
     uri, versions = f"{home}coder", chain(home, 2)
     names = [name(versions[1])]
-    collect.tombstone(uri, names, "retention")
+    collect.tombstone(uri, names, "retention", collection)
     shutil.copytree(tmp_path / "home", tmp_path / "before")
-    for more in range(14):
+    for more in range(18):
         shutil.rmtree(tmp_path / "home")
         shutil.copytree(tmp_path / "before", tmp_path / "home")
         turns = Turns(open_store(home), calls, more)
@@ -529,7 +527,7 @@ def test_two_leaders_delete_and_restore_at_once_and_one_of_them_wins(
             def act(who: str, what: str, uri: str, names: list[str], turns: Turns) -> object:
                 threading.current_thread().name = who
                 try:
-                    return end_of(lambda: acts[what](uri, names))
+                    return end_of(lambda: acts[what](uri, names, collection))
                 finally:
                     turns.end(who)
 
@@ -539,7 +537,7 @@ def test_two_leaders_delete_and_restore_at_once_and_one_of_them_wins(
             }
             deleted, restored = results["delete"].result(30), results["restore"].result(30)
         left = files_of(versions[1].uri)
-        if deleted == names:
+        if deleted == (names, []):
             assert restored == ([], names), (calls, more)
             assert left == [TOMBSTONE], (calls, more)
         else:
@@ -573,8 +571,6 @@ def test_a_restoration_that_slept_through_all_that_came_after_takes_no_tombstone
 ) -> None:
     """Its Pod was on a node that nobody heard of for an hour, say; the chain must stay verifiable all the same."""
     monkeypatch.setenv("CLAAS_FILE_ROOTS", str(tmp_path))
-    from claas_store.fsck import fsck
-
     versions = chain(home := f"file://{tmp_path}/", 2)
     uri, names = f"{home}coder", [name(versions[1])]
     collect.tombstone(uri, names, "retention")
@@ -596,6 +592,62 @@ def test_a_restoration_that_slept_through_all_that_came_after_takes_no_tombstone
     else:
         assert not {VERDICT} & set(left)
         assert {MANIFEST, CONFIG, ADAPTER} <= {*left}
+
+
+@pytest.mark.parametrize("late", [["tombstone"], ["delete"], ["tombstone", "delete"], ["restore", "tombstone"]])
+def test_what_a_slow_leader_wanted_of_a_collection_that_is_over_is_not_done(home: str, late: list[str]) -> None:
+    """Its Jobs are created, or run once more, when the version may be a head again; another collection is another."""
+    versions = chain(home, 2)
+    uri, names = f"{home}coder", [name(versions[1])]
+    acts: dict[str, Callable[[int], object]] = {
+        "tombstone": lambda number: collect.tombstone(uri, names, "retention", number),
+        "restore": lambda number: restore(uri, names, number),
+        "delete": lambda number: delete(uri, names, number),
+    }
+    assert restore(uri, names, 7) == (names, []), "before anything of it was done"
+    for what in late:
+        assert acts[what](7) == ((names, []) if what == "restore" else ([], names))
+    assert read_version(versions[1].uri).uri == versions[1].uri
+    assert fsck(uri).findings == []
+
+    assert acts["tombstone"](8) == (names, [])
+    for what in ("tombstone", "delete", "restore"):
+        acts[what](7)
+        with pytest.raises(VersionCollected):
+            read_version(versions[1].uri)
+    assert acts["delete"](8) == (names, [])
+    assert files_of(versions[1].uri) == [TOMBSTONE]
+    assert fsck(uri, known=["coder", *names]).ok
+    for what in ("tombstone", "delete", "restore"):
+        acts[what](7)
+    assert files_of(versions[1].uri) == [TOMBSTONE]
+
+
+@pytest.mark.parametrize("late", ["tombstone", "delete"])
+@pytest.mark.parametrize("calls", range(12))
+def test_a_job_that_slept_through_the_restoration_marks_and_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, late: str
+) -> None:
+    monkeypatch.setenv("CLAAS_FILE_ROOTS", str(tmp_path))
+    versions = chain(home := f"file://{tmp_path}/", 2)
+    uri, names = f"{home}coder", [name(versions[1])]
+    if late == "delete":
+        collect.tombstone(uri, names, "retention", 7)
+    answers: list[object] = []
+    sleeper = Interrupted(open_store(home), calls, lambda: answers.append(restore(uri, names, 7)))
+    with monkeypatch.context() as patched:
+        patched.setattr(collect, "open_store", lambda _: sleeper)
+        acts: dict[str, Callable[[], object]] = {
+            "tombstone": lambda: collect.tombstone(uri, names, "retention", 7),
+            "delete": lambda: delete(uri, names, 7),
+        }
+        end_of(acts[late])
+    if answers == [(names, [])]:
+        assert read_version(versions[1].uri).uri == versions[1].uri
+        assert VERDICT not in files_of(versions[1].uri)
+    elif answers:
+        assert answers == [([], names)], "the deletion had begun"
+        assert find_manifest(versions[1].uri) is None
 
 
 # sweep

@@ -201,7 +201,7 @@ def test_collecting_by_command(home: str, model: Path, answers: Path) -> None:
         assert read(answers).pop("dead", []) == []
         assert (read(answers)["ok"], read(answers)["done"]) == (True, names.split(","))
     assert command.main(["restore", "--root", f"{home}coder", "--versions", "coder"]) == 0
-    assert read(answers) == {"ok": True, "done": [], "dead": ["coder"]}
+    assert read(answers) == {"ok": True, "done": [], "dead": ["coder"], "collection": 0}
     assert command.main(["tombstone", "--root", f"{home}coder", "--versions", "coder,../x"]) == 1
     assert read(answers)["reason"] == "InvalidSpec"
 
@@ -256,7 +256,7 @@ def test_names_with_a_comma_or_a_dash_before_them(root: Path, model: Path, answe
     assert command.main(["delete", "--root", uri, "--version", odd]) == 0
     assert read(answers)["done"] == [odd]
     assert command.main(["restore", "--root", uri, *both]) == 0
-    assert read(answers) == {"ok": True, "done": [name(made)], "dead": [odd]}
+    assert read(answers) == {"ok": True, "done": [name(made)], "dead": [odd], "collection": 0}
     known = ["--known-version", odd, "--known-version", name(made)]
     assert command.main(["sweep", "--root", uri, "--grace-seconds", "0", *known]) == 0
     assert command.main(["fsck", uri, *known]) == 0

@@ -71,11 +71,13 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
                 print(f"{size:>14} {found}")
             return {"uri": uri}
         case "tombstone":
-            return {"done": collect.tombstone(options.root, options.versions, options.why)}
+            return _collected(
+                collect.tombstone(options.root, options.versions, options.why, options.collection), options
+            )
         case "restore":
-            return collect.restore(options.root, options.versions)._asdict()
+            return _collected(collect.restore(options.root, options.versions, options.collection), options)
         case "delete":
-            return {"done": collect.delete(options.root, options.versions)}
+            return _collected(collect.delete(options.root, options.versions, options.collection), options)
         case "destroy":
             destroyed = collect.destroy(
                 options.root, options.keep, adapter_uid=options.adapter_uid, grace_seconds=options.grace_seconds
@@ -99,6 +101,10 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             models.wait_model(options.target, options.timeout)
             return {"target": str(options.target)}
     raise AssertionError(options.command)
+
+
+def _collected(answer: collect.Collected | collect.Restored, options: argparse.Namespace) -> dict[str, Any]:
+    return answer._asdict() | {"collection": options.collection}
 
 
 def _create(options: argparse.Namespace) -> Version:
@@ -252,6 +258,12 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--root", required=True, help="the adapter's own uri")
     for one in (dead, back, delete):
         _add_names(one, "--versions", "--version", "beside it", required=True)
+        one.add_argument(
+            "--collection",
+            type=int,
+            default=0,
+            help="number of the collection: once a version is restored in it, nothing of it comes into effect any more",
+        )
     _add_names(destroy, "--keep", "--keep-version", "of versions that stay", default=[])
     destroy.add_argument("--adapter-uid", default="", help="the LoraAdapter's: what was not made for it stays")
     destroy.add_argument(

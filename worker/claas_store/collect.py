@@ -15,13 +15,33 @@ from claas_store import uris
 from claas_store.errors import ArgumentInvalid, NotTombstoned, VersionInvalid
 from claas_store.family import Family, Member, erase, lies_in, read_family, read_files, read_member, read_uploads
 from claas_store.stores import Store, open_store
-from claas_store.tombstone import VERDICT, decide, entomb, read_tombstone, take_back
+from claas_store.tombstone import (
+    VERDICT,
+    decide,
+    end_collection,
+    entomb,
+    read_tombstone,
+    read_verdict,
+    take_back,
+    was_restored,
+)
 
 GRACE_SECONDS: Final = 86400.0  # more than a step may take
 
 
-def tombstone(uri: str, names: Sequence[str], why: str) -> list[str]:
-    """Declares versions of the adapter at `uri` dead; gives their names. Those that are not there need nothing.
+class Collected(NamedTuple):
+    """What became of versions that were to go, by name."""
+
+    done: list[str]  # as asked for
+    restored: list[str]  # this collection of it is over, by a restoration: it stays
+
+
+def tombstone(uri: str, names: Sequence[str], why: str, collection: int = 0) -> Collected:
+    """Declares versions of the adapter at `uri` dead. Those that are not there need nothing.
+
+    Args:
+        collection: the number of the collection that wants it: once a version was restored in one, nothing of that
+            collection comes into effect any more, however late it is done. 0: by hand.
 
     Raises:
         UriInvalid: a name that no version of this adapter can have. Nothing was written.
@@ -29,9 +49,10 @@ def tombstone(uri: str, names: Sequence[str], why: str) -> list[str]:
     """
     versions = [uris.beside(uri, name) for name in names]
     store = open_store(uri)
-    for version in versions:
-        entomb(store, version, why)
-    return list(names)
+    answer = Collected([], [])
+    for name, version in zip(names, versions, strict=True):
+        (answer.done if entomb(store, version, why, collection) else answer.restored).append(name)
+    return answer
 
 
 class Restored(NamedTuple):
@@ -41,8 +62,11 @@ class Restored(NamedTuple):
     dead: list[str]  # its deletion has begun: the tombstone stays
 
 
-def restore(uri: str, names: Sequence[str]) -> Restored:
+def restore(uri: str, names: Sequence[str], collection: int = 0) -> Restored:
     """Takes tombstones back, of versions that a reference to was found, as far as these are still there.
+
+    Args:
+        collection: as `tombstone`'s. It is over with this, and the tombstone of a later one stays. 0: any.
 
     Raises:
         UriInvalid: as `tombstone`.
@@ -51,24 +75,35 @@ def restore(uri: str, names: Sequence[str]) -> Restored:
     store = open_store(uri)
     answer = Restored([], [])
     for name in names:
-        (answer.done if _restore(store, uris.beside(uri, name)) else answer.dead).append(name)
+        (answer.done if _restore(store, uris.beside(uri, name), collection) else answer.dead).append(name)
     return answer
 
 
-def _restore(store: Store, version: str) -> bool:
+def _restore(store: Store, version: str, collection: int) -> bool:
     member = read_member(store, version)
-    if member.tombstone is None and not member.problem:
-        return True
-    # Looked at again, because it may have been deleted, and the verdict with it, since the first look.
-    takes = not member.is_dead and decide(store, version, "restore") == "restore"
-    if takes and not read_member(store, version).is_dead:
-        return take_back(store, version)
+    stone = member.tombstone
+    if (stone is None and not member.problem) or (stone is not None and 0 < collection < stone.collection):
+        if not member.exists:
+            return True
+        end_collection(store, version, collection)
+        # In this order: a deletion writes its verdict before it looks once more, and removes it when all is gone.
+        if read_verdict(store, version) != "delete" and not read_member(store, version).is_dead:
+            return True
+    else:
+        # Looked at again, because it may have been deleted, and the verdict with it, since the first look.
+        takes = not member.is_dead and decide(store, version, "restore") == "restore"
+        if takes and not read_member(store, version).is_dead:
+            end_collection(store, version, collection)
+            return take_back(store, version)
     _erase(store, version)  # whoever decided so may have been killed: to finish it harms nobody
     return False
 
 
-def delete(uri: str, names: Sequence[str]) -> list[str]:
-    """Deletes versions that bear a tombstone, which stays; gives their names. Again, it finds nothing to do.
+def delete(uri: str, names: Sequence[str], collection: int = 0) -> Collected:
+    """Deletes versions that bear a tombstone, which stays. Again, it finds nothing to do.
+
+    Args:
+        collection: as `tombstone`'s.
 
     Raises:
         UriInvalid: as `tombstone`.
@@ -77,20 +112,23 @@ def delete(uri: str, names: Sequence[str]) -> list[str]:
         StorageUnavailable, StorageDenied: see `Store`.
     """
     store = open_store(uri)
-    versions = [uris.beside(uri, name) for name in names]
-    for version in versions:
+    versions = {name: uris.beside(uri, name) for name in names}
+    restored = [name for name, version in versions.items() if was_restored(store, version, collection)]
+    going = {name: version for name, version in versions.items() if name not in restored}
+    for version in going.values():
         if read_files(store, version) and read_tombstone(store, version) is None:
             raise NotTombstoned(f"{version} bears no tombstone, so it was not deleted: run tombstone first")
-    for version in versions:
+    for version in going.values():
         if not read_files(store, version):
             continue
         if decide(store, version, "delete") != "delete":
             raise NotTombstoned(f"{version} is being restored, so it was not deleted")
-        if read_tombstone(store, version) is None:  # restored between the look and the verdict
+        # Restored between the look and the verdict?
+        if read_tombstone(store, version) is None or was_restored(store, version, collection):
             store.delete(uris.join(version, VERDICT))
             raise NotTombstoned(f"{version} was restored, so it was not deleted: run tombstone first")
         _erase(store, version)
-    return list(names)
+    return Collected(list(going), restored)
 
 
 def _erase(store: Store, version: str) -> None:
