@@ -124,6 +124,52 @@ def test_oracle_11_one_adapter_alone_is_plain_peft_bit_for_bit(config: dict[str,
     assert all(np.array_equal(tensor, tensors[key]) for key, tensor in adapter.tensors().items())
 
 
+FEW = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+FEW |= {"num_key_value_heads": 2, "vocab_size": 100, "pad_token_id": 0}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+OTHERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM, {}),
+    "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM, {"head_dim": 8}),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": 3}),
+    "qwen2 moe": (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM, EXPERTS),
+    "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_decoders_are_plain_peft_too_each_adapter_on_its_own_rows(kind: str) -> None:
+    """Fused products, scaled embeddings, windows; and layers that see all tokens of a batch one after the other."""
+    config_class, model_class, more = OTHERS[kind]
+    torch.manual_seed(0)
+    model = model_class(config_class(**FEW, **more)).eval().requires_grad_(False)
+    targets = r".*(q_proj|shared_expert\.(gate|up|down)_proj)" if kind == "qwen2 moe" else "all-linear"
+    configs = [config_of(rank, targets) for rank in (4, 2)]
+    weights = [weights_of(model, config, seed) for seed, config in enumerate(configs)]
+    plains = []
+    for config, tensors in zip(configs, weights, strict=True):
+        trainable = peft.LoraConfig(**config | {"inference_mode": False, "base_model_name_or_path": None})
+        plains.append(peft.get_peft_model(copy.deepcopy(model), trainable))
+        peft.set_peft_model_state_dict(plains[-1], {key: torch.from_numpy(one) for key, one in tensors.items()})
+    bank = Bank(model, capacity_bytes=2**30)
+    adapters = [bank.add(f"{i}", *one) for i, one in enumerate(zip(configs, weights, strict=True))]
+    rows = [0, 0, 1, 0]
+    with bank.active([adapters[row] for row in rows], IDS.shape[1]):
+        ours = model(input_ids=IDS[:4], use_cache=False).logits
+    ours.square().mean((1, 2)).sum().backward()
+    for row, whose in enumerate(rows):
+        expected = plains[whose](input_ids=IDS[row : row + 1], use_cache=False).logits
+        torch.testing.assert_close(ours[row : row + 1], expected, rtol=1e-4, atol=1e-5)
+        expected.square().mean().backward()
+    for adapter, plain in zip(adapters, plains, strict=True):
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad:
+                own = adapter.parameters[name.replace(".default", "")].grad
+                assert own is not None and parameter.grad is not None, name
+                torch.testing.assert_close(
+                    own, parameter.grad, rtol=1e-3, atol=1e-5 * float(parameter.grad.abs().max())
+                )
+
+
 # Any mix of adapters
 
 

@@ -148,6 +148,7 @@ class Bank:
         self._layouts: dict[str, dict[str, Shape]] = {}
         self._residents: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
         self._users: Counter[str] = Counter()
+        self._tokens = 1
         self._active: dict[str, list[tuple[Lora | None, int]]] = {}  # by layer: runs of equal rows; empty when off
         for name, module in self._linears.items():
             module.register_forward_hook(functools.partial(self._hook, name))
@@ -223,8 +224,12 @@ class Bank:
         self._residents.pop(key, None)
 
     @contextlib.contextmanager
-    def active(self, rows: Sequence[Adapter | None]) -> Iterator[None]:
+    def active(self, rows: Sequence[Adapter | None], tokens: int = 1) -> Iterator[None]:
         """While the context lasts, row i of every batch belongs to adapter `rows[i]`; None: to the base alone.
+
+        Args:
+            tokens: of each row, for layers that are shown all tokens of a batch one after the other, as those of
+                mixtures of experts are.
 
         Rows of one adapter should lie side by side: each run of equal rows is one product. No rows: adapters off. A
         backward pass may come later; one that runs the forward pass again (checkpointing) may not.
@@ -234,6 +239,7 @@ class Bank:
         """
         if self._active:
             raise RuntimeError("adapters are active already")
+        self._tokens = tokens
         targets = {name for adapter in rows if adapter is not None for name in adapter.layers}
         self._active = {
             name: _runs([None if adapter is None else adapter.layers.get(name) for adapter in rows]) for name in targets
@@ -248,8 +254,10 @@ class Bank:
         runs = self._active.get(name)
         if runs is None:
             return None
-        (x,) = args  # (B, ..., in)
+        (x,) = args  # (B, ..., in), or (B T, in)
         counts = [count for _, count in runs]
+        if x.ndim == 2 and len(x) == self._tokens * sum(counts):
+            counts = [count * self._tokens for count in counts]
         if output.shape[0] != sum(counts):
             raise RuntimeError(f"{name} sees {output.shape[0]} rows, adapters are active for {sum(counts)}")
         if len(runs) == 1:

@@ -155,7 +155,7 @@ class Student:
         ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (B, T)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.tensor(sequence)
-        with self.bank.active(adapters):
+        with self.bank.active(adapters, ids.shape[1]):
             output = self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
         states = output.last_hidden_state  # (B, T, d)
         starts = [len(context.prefix_ids) - 1 for context in contexts]
