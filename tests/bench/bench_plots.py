@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from operator_plots import COLORS, number
+from operator_plots import COLORS, written
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, LEFT, RIGHT, TOP, ROW, BOTTOM = 760, 150, 90, 30, 24, 36  # of a panel, in pixels
@@ -210,7 +210,7 @@ def _panel(draw: ImageDraw.ImageDraw, font: Any, top: int, panel: Panel) -> None
     for share in (0.0, 0.5, 1.0):
         x = at(panel.right * share)
         draw.line([(x, bars), (x, axis)], fill=(225, 225, 225))
-        draw.text((x - 8, axis + 2), f"{number(panel.right * share)}", fill="black", font=font)
+        draw.text((x - 8, axis + 2), f"{written(panel.right * share)}", fill="black", font=font)
     for number, row in enumerate(panel.rows):
         y = bars + ROW * number
         draw.text((8, y + 4), row.label, fill="black", font=font)
@@ -219,11 +219,11 @@ def _panel(draw: ImageDraw.ImageDraw, font: Any, top: int, panel: Panel) -> None
         if row.spread is not None:
             draw.line([(at(row.spread[0]), y + ROW // 2), (at(row.spread[1]), y + ROW // 2)], fill="black")
         most = max([row.end, *(row.spread or ())])
-        draw.text((at(most) + 4, y + 4), f"{number(row.end)}", fill="black", font=font)
+        draw.text((at(most) + 4, y + 4), f"{written(row.end)}", fill="black", font=font)
     y = axis + 18
     for label, value in panel.lines:
         draw.line([(at(value), bars), (at(value), axis)], fill=COLORS[5])
-        text = f"{label}: {number(value)}"
+        text = f"{label}: {written(value)}"
         right = at(value) + 4 + draw.textlength(text, font=font) > WIDTH
         x = at(value) - 4 - draw.textlength(text, font=font) if right else at(value) + 4
         draw.text((x, y), text, fill=COLORS[5], font=font)

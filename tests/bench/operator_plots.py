@@ -15,7 +15,7 @@ Curve = list[tuple[float, float]]
 Record = Mapping[str, Any]
 
 
-def number(value: float) -> str:
+def written(value: float) -> str:
     """As people write it: 29,890 and 0.0123."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
@@ -76,9 +76,9 @@ def _panel(
     for share in (0.0, 0.5, 1.0):
         draw.line([at(0, top * share), at(right, top * share)], fill=(225, 225, 225))
         x, y = at(0, top * share)
-        draw.text((corner[0] + 4, y - 8), f"{number(top * share)}", fill="black", font=font)
+        draw.text((corner[0] + 4, y - 8), f"{written(top * share)}", fill="black", font=font)
         x, y = at(right * share, 0)
-        draw.text((x - 8, y + 4), f"{number(right * share)}", fill="black", font=font)
+        draw.text((x - 8, y + 4), f"{written(right * share)}", fill="black", font=font)
     for i, curve in enumerate(curves):
         color = COLORS[i % len(COLORS)]
         if len(curve) > 1:
