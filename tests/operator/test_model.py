@@ -162,6 +162,8 @@ class ControlPlaneModel(RuleBasedStateMachine):
         self.api.add(adapter(ADAPTERS[0], spec=SPECS[ADAPTERS[0]]))
         self.api.add(adapter(ADAPTERS[1], head=0, spec=SPECS[ADAPTERS[1]]))
         if begun:
+            if held and late is Kind.REQUEST:  # it knows an adapter as another's whom it has never heard of
+                self.leaders[1].hangs = late
             self.user_creates(ADAPTERS[0], backoff)
             self.hears(1, len(self.api.log), again=False)
             if held:
