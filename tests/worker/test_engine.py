@@ -23,7 +23,7 @@ from claas_store.version import read_version, write_version
 from claas_worker import errors
 from claas_worker.bank import Bank, lora_config
 from claas_worker.engine import Engine, arrange
-from claas_worker.engine_adapters import ROW, FlatState, adamw
+from claas_worker.engine_adapters import ROW, FlatOptimizer, FlatState, adamw
 from claas_worker.engine_decoder import Unsupported
 from claas_worker.optim import BETAS, EPS, WEIGHT_DECAY
 from claas_worker.sdpo import PLAIN_SCORE, LossBatch, Part, sdpo_loss_from_hidden
@@ -153,6 +153,72 @@ def test_its_pass_is_the_models_own_forward_and_backward(kind: str) -> None:
                 assert own is not None
                 torch.testing.assert_close(gradient, own, rtol=1e-3, atol=2e-4 * float(own.abs().max()))
                 adapter.parameters[key].grad = None
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 65], [2, 1, 64]])
+def test_adapters_of_the_lowest_and_the_highest_rank_share_a_pass_over_the_shortest_contexts(
+    lengths: list[int],
+) -> None:
+    model = model_of(KINDS, "qwen2")
+    engine, bank = Engine(model), Bank(model, capacity_bytes=1 << 30)
+    bank.flatten(engine.places)
+    configs = [
+        {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": "all-linear"},
+        {"peft_type": "LORA", "r": 256, "lora_alpha": 8, "target_modules": SEVEN, "use_rslora": True},
+        {"peft_type": "LORA", "r": 16, "lora_alpha": 8, "target_modules": r".*\.[02]\..*_proj"},
+    ]
+    adapters = [bank.add(f"s3://b/{i}/", configs[i], filled(bank, configs[i])) for i in range(len(lengths))]
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(0, 300, (length,), generator=generator).tolist() for length in lengths]
+    done = engine.forward(sequences, [adapter.flat for adapter in adapters])
+    for row, (adapter, sequence) in enumerate(zip(adapters, sequences, strict=True)):
+        with bank.active([adapter]):
+            expected = model.base_model(input_ids=torch.tensor([sequence]), use_cache=False).last_hidden_state[0]
+        weights = torch.randn(expected.shape, generator=generator)
+        (expected * weights).sum().backward()
+        start = done.start(row, 1)
+        torch.testing.assert_close(done.hidden[start : start + len(sequence)], expected.detach(), atol=2e-4, rtol=1e-4)
+        done.gradient[start : start + len(sequence)] = weights
+    done.backward()
+    for adapter in adapters:
+        assert adapter.flat is not None
+        out = torch.full_like(adapter.flat.weights, torch.nan)
+        done.collect(adapter.flat, out, add=False)
+        ours = adapter.flat.layout.split(out)
+        theirs = flat({key: adapter.parameters[key].grad for key in ours})
+        # Of all together: one token alone gives q and k no gradient.
+        torch.testing.assert_close(flat(ours), theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, 3e38])
+def test_an_odd_gradient_is_refused_and_changes_no_bit_of_another_adapters_step(odd: float) -> None:
+    """Whoever brings a loss of their own writes such."""
+    plan = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": SEVEN}
+    model = model_of(KINDS, "qwen2")
+    engine, bank = Engine(model), Bank(model, capacity_bytes=1 << 30)
+    bank.flatten(engine.places)
+    ends = []
+    for value in (0.0, odd):
+        states = [bank.add(f"s3://b/{i}/", plan, filled(bank, plan)).flat for i in range(2)]
+        done = engine.forward([[1, 2, 3, 4, 5], [6, 7, 8, 9]], states)
+        done.gradient[done.start(0, 1)] = value
+        done.gradient[done.start(1, 1)] = 1.0
+        done.backward()
+        for state in states:
+            assert state is not None
+            optimizer = FlatOptimizer(state, None, rank=4, target_modules=SEVEN, inner_steps=1)
+            gradient = engine.scratch(state.weights.numel())
+            done.collect(state, gradient, add=False)
+            norms = optimizer.enqueue(gradient, torch.tensor(optimizer.scalars(1e-3, 1.0)), engine.adamw)
+            if state is states[0] and value:
+                with pytest.raises(errors.NonFiniteGrad, match="not finite"):
+                    optimizer.check_gradient(float(norms[0]))
+                assert state.step == 0
+            else:
+                optimizer.check_gradient(float(norms[0]))
+        assert states[1] is not None
+        ends.append(states[1].weights.clone())
+    assert torch.equal(*ends)
 
 
 @pytest.fixture
