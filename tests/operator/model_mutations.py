@@ -429,13 +429,6 @@ MUTATIONS = (
         "restored: set[str] = set()",
     ),
     one(
-        "Collect",
-        "under a number of its own",
-        STATUS,
-        '"collection": adapter.version}',
-        '"collection": 7}',
-    ),
-    one(
         "Fence",
         "only a Pod seen gone frees what it held",
         APPLY,
