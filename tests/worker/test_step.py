@@ -640,3 +640,32 @@ def test_a_version_of_another_base_model_is_refused(trainee: Trainee) -> None:
     with pytest.raises(errors.AdapterInvalid, match="another/model") as caught:
         trainee.run(foreign.uri)
     assert failure(caught.value, 1).reason == Reason.ADAPTER_INVALID
+
+
+SMALL = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
+    **{"num_key_value_heads": 4, "vocab_size": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (transformers.PhiConfig(**SMALL), "has a bias in its lm_head"),
+        (transformers.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5), "scales or caps its logits"),
+        (transformers.CohereConfig(**SMALL, logit_scale=0.25), "scales or caps its logits"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_a_model_whose_logits_are_more_than_its_head_is_refused_at_the_start(
+    config: transformers.PreTrainedConfig, why: str, student: Student
+) -> None:
+    """However little that is: the loss would leave it out, and nobody would see."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    bias = getattr(model.lm_head, "bias", None)
+    if bias is not None:
+        torch.nn.init.constant_(bias, 1e-4)
+    with pytest.raises(ValueError, match=why):
+        Student(model.eval(), student.tokenizer, base_model="tests/odd").warm_up()
+    student.warm_up()
