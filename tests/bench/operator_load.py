@@ -599,11 +599,17 @@ def _say(text: str) -> None:
 
 def verdict(records: Sequence[Mapping[str, Any]]) -> list[Judged]:
     """Mean and spread of what the bounds name, over the records of the same kind and size."""
-    alike: dict[str, list[Raw]] = {}
+    alike: dict[tuple[str, int], list[Raw]] = {}
     for record in records:
-        alike.setdefault(_name(record), []).append({record["kind"]: record})
+        alike.setdefault((_name(record), record["requests"]), []).append({record["kind"]: record})
     limits = bounds("operator")
-    return [one for name, group in alike.items() for one in judged(name, group, limits)]
+    return [
+        one
+        for (name, requests), group in alike.items()
+        for one in judged(
+            name, group, {k: b for k, b in limits.items() if requests <= b.get("up_to_requests", requests)}
+        )
+    ]
 
 
 def _name(record: Mapping[str, Any]) -> str:

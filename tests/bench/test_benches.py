@@ -88,6 +88,8 @@ def test_a_few_dozen_requests_through_the_operator(tmp_path: Path) -> None:
     said = call("operator_load", "verdict", "--out", out, code=1)
     (missed,) = [line for line in said.splitlines() if "NOT WITHIN" in line]
     assert "2 runs: load.load.rss_bytes 3.01e+08" in missed
+    out.write_text(json.dumps([record | {"requests": 30_000}]))
+    assert "rss_bytes" not in call("operator_load", "verdict", "--out", out), "that bound is for up to 10,000 requests"
 
 
 @pytest.mark.controlplane
