@@ -10,8 +10,10 @@ import asyncio
 import functools
 import gc
 import logging
+import os
 import sys
 import urllib.parse
+from collections.abc import Collection
 from typing import Any, Final
 
 import kopf
@@ -42,6 +44,8 @@ ERROR_BACKOFFS: Final = (0.2, 0.5, 1.0, *[2.0] * 300)
 WATCH_SECONDS: Final = 300
 # The loop comes round at least once per relist; a process that misses several of them is stuck.
 MISSED_RELISTS: Final = 3
+# From the end of the first of kopf's tasks to the process': kopf itself waits 5 s for tasks of tasks.
+STOP_SECONDS: Final = 12.0
 
 _RESOURCES: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.REQUEST: (names.GROUP, names.VERSION, names.REQUEST_PLURAL),
@@ -215,6 +219,22 @@ def log_as_json(level: str) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+async def comes_to_its_end(tasks: Collection[asyncio.Task[Any]], run: asyncio.Task[None], seconds: float) -> bool:
+    """Waits until one of kopf's tasks has ended, and then for the rest; False: not all have within so many seconds.
+
+    kopf cancels them and waits without a limit. A watch that is cancelled while its connection is closed may take that
+    for a reason to log in again, for which it then waits for ever: the process would live, and be deaf.
+
+    Raises:
+        Exception: what ended the first.
+    """
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait({run}, timeout=seconds)
+    if done:
+        await run
+    return bool(done)
+
+
 def run(settings: Settings, liveness: str | None, metrics: str | None = None) -> int:
     """Runs the operator until SIGTERM, or until its loop dies. The process's exit status.
 
@@ -223,14 +243,17 @@ def run(settings: Settings, liveness: str | None, metrics: str | None = None) ->
     """
 
     async def operator() -> int:
-        process = Process(settings, metrics)
-        await kopf.operator(
+        process, before = Process(settings, metrics), asyncio.all_tasks()
+        tasks = await kopf.spawn_tasks(
             registry=handlers(process),
             standalone=True,
             clusterwide=True,
             liveness_endpoint=liveness,
             stop_flag=process.stop,
         )
+        if not await comes_to_its_end(tasks, asyncio.create_task(kopf.run_tasks(tasks, ignored=before)), STOP_SECONDS):
+            log.critical("kopf does not come to its end")
+            os._exit(1)  # to leave the event loop would wait for the same tasks
         return 1 if process.failed else 0
 
     return asyncio.run(operator())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import forks
 from chaos.proxy import FOREVER
 from chaos.release import Release
 from claas_crds import names
-from claas_operator.main import Process, configure, handlers
+from claas_operator.main import Process, comes_to_its_end, configure, handlers
 from objectstore import free_port
 from operatorkit import settings
 
@@ -214,3 +216,25 @@ def test_no_finalizer_holds_anything_when_the_operator_is_gone(release: Release)
     assert release.see_adapter("kept")["metadata"]["finalizers"] == [names.FINALIZER]
     release.api("PATCH", release.adapter_path("kept"), {"metadata": {"finalizers": None}})  # as the README says
     assert not release.see_adapter("kept")
+
+
+async def test_a_watch_that_nobody_can_cancel_does_not_keep_the_process() -> None:
+    """kopf itself waits for it for ever. Here with kopf's own end, and a task that takes no cancellation."""
+    may_go = asyncio.Event()
+
+    async def fails() -> None:
+        raise ConnectionError("given up")
+
+    async def stays() -> None:
+        while not may_go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await may_go.wait()
+
+    before = asyncio.all_tasks()
+    tasks = [asyncio.create_task(fails()), asyncio.create_task(stays())]
+    end = asyncio.create_task(kopf.run_tasks(tasks, ignored=before))
+    assert not await comes_to_its_end(tasks, end, 0.2)
+    assert not end.done(), "kopf still waits"
+    may_go.set()
+    with pytest.raises(ConnectionError):
+        await comes_to_its_end(tasks, end, 5)
