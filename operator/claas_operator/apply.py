@@ -289,11 +289,8 @@ class Apply:
             raise
 
     async def _fence(self, action: Fence) -> None:
-        pod = action.pod
-        raw = await self._api.get(Kind.LEASE, pod.namespace, pod.name)
-        live = self._snapshot.put(Kind.LEASE, raw, self._clock()) if raw is not None else None
-        lease = live if isinstance(live, Lease) and live.holder == pod.uid else None
-        before = action.lease
+        pod, before = action.pod, action.lease
+        lease = await self._live_lease(pod)
         match action.fault:
             case Fault.STALE:
                 holds = lease is not None and before is not None and lease.renewed == before.renewed
@@ -313,11 +310,16 @@ class Apply:
         if action.fault is Fault.STUCK and pod.uid in self._snapshot.pods:
             raise Lost("the Pod is still there: somebody's finalizer holds it")
 
+    async def _live_lease(self, pod: Pod) -> Lease | None:
+        """The Lease that this very Pod holds, as it is now."""
+        raw = await self._api.get(Kind.LEASE, pod.namespace, pod.name)
+        live = self._snapshot.put(Kind.LEASE, raw, self._clock()) if raw is not None else None
+        return live if isinstance(live, Lease) and live.holder == pod.uid else None
+
     async def _stop(self, action: StopJob) -> None:
-        if (pod := action.pod) is not None:
-            raw = await self._api.get(Kind.LEASE, pod.namespace, pod.name)
-            lease = self._snapshot.put(Kind.LEASE, raw, self._clock()) if raw is not None else None
-            if isinstance(lease, Lease) and lease.holder == pod.uid and lease.state != names.STATE_STARTING:
+        if action.pod is not None:
+            lease = await self._live_lease(action.pod)
+            if lease is not None and lease.state != names.STATE_STARTING:
                 raise Lost("the worker is Ready by now")
         await self._delete(Kind.JOB, action.job)
 
